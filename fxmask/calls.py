@@ -1,0 +1,267 @@
+"""One call of a denoiser, in a canonical form.
+
+A model is called with positional and keyword arguments, nested containers, ``return_dict`` either way and a timestep
+that is an int, a float, a 0-d tensor or one value per sample. A captured graph takes a flat list of tensors. This
+module is the only place that knows how one becomes the other:
+
+    (args, kwargs) --bind--> BoundCall(tensors by leaf name, static leaves) --> graph inputs
+    graph outputs --OutputSpec--> what the model would have returned
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxmask.errors import CaptureError, InputError
+
+# Parameter names that denoisers use for these roles. Position decides where no name matches.
+SAMPLE_NAMES = ("sample", "hidden_states", "x", "latents", "noisy_latents", "x_t", "z_t", "img", "image")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level", "ts")
+RETURN_DICT = "return_dict"
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Readable name of a pytree leaf: ``added_cond_kwargs.text_embeds``."""
+    parts = []
+    for entry in path:
+        for attribute in ("key", "idx", "name"):
+            if hasattr(entry, attribute):
+                parts.append(str(getattr(entry, attribute)))
+                break
+        else:
+            parts.append(str(entry))
+    return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """The arguments of one call, flattened.
+
+    Attributes:
+        tensors: tensor leaves by name, the timestep in the model's canonical form.
+        static: every other leaf, (name, value); part of what a graph is specialised to.
+        arguments: the arguments by parameter name, before flattening.
+        spec: tree structure of ``arguments``.
+        layout: for each leaf its name, in tree order.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    static: tuple[tuple[str, Any], ...]
+    arguments: dict[str, Any]
+    spec: pytree.TreeSpec
+    layout: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a captured graph depends on: structure, shapes, dtypes, devices and static values."""
+        shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in self.tensors.items())
+        static = tuple((name, type(value).__name__, repr(value)) for name, value in self.static if not _is_return_dict(name))
+        return (shapes, static)
+
+    def rebuild(self, tensors: Sequence[torch.Tensor], **replaced: Any) -> dict[str, Any]:
+        """Arguments by parameter name with other tensors in the tensor leaves."""
+        values = dict(self.static)
+        values.update(zip(self.tensors, tensors, strict=True))
+        arguments = pytree.tree_unflatten([values[name] for name in self.layout], self.spec)
+        arguments.update(replaced)
+        return dict(arguments)
+
+
+def _is_return_dict(name: str) -> bool:
+    return name == RETURN_DICT
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Parameters of a model's ``forward`` and the roles of the first two.
+
+    Attributes:
+        parameters: of ``forward``, by name, without ``self``.
+        sample: name of the parameter that holds the noisy sample.
+        timestep: name of the parameter that holds the timestep; ``None`` if the model takes none.
+        batched_timestep: whether the graph takes one timestep per sample (``[B]``) rather than a single one (``[]``).
+    """
+
+    parameters: inspect.Signature
+    sample: str
+    timestep: str | None
+    batched_timestep: bool = True
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, roles: Mapping[str, str] | None = None) -> Signature:
+        """Read the signature of ``model.forward`` and find the sample and the timestep in it.
+
+        Args:
+            model: the denoiser.
+            roles: overrides, ``{parameter: "sample" | "timestep" | "conditioning" | "step"}``.
+
+        Raises:
+            InputError: a role names a parameter that does not exist, or no parameter can be the sample.
+        """
+        parameters = inspect.signature(model.forward)
+        named = [
+            name
+            for name, p in parameters.parameters.items()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        given = dict(roles or {})
+        for name in given:
+            root = name.split(".")[0]
+            if root not in parameters.parameters and not _takes_any_keyword(parameters):
+                raise InputError(f"roles names {name!r}, but {type(model).__name__}.forward has {named}")
+        sample = _first(name for name, role in given.items() if role == "sample")
+        timestep = _first(name for name, role in given.items() if role == "timestep")
+        if sample is None:
+            sample = _first(n for n in SAMPLE_NAMES if n in named and n not in given) or _first(named)
+        if sample is None:
+            raise InputError(f"{type(model).__name__}.forward takes no named argument that could be the sample")
+        if timestep is None:
+            timestep = _first(n for n in TIMESTEP_NAMES if n in named and n not in given and n != sample)
+        if timestep is None and len(named) > 1:
+            second = named[1] if named[0] == sample else named[0]
+            optional = parameters.parameters[second].default is not inspect.Parameter.empty
+            timestep = None if second in given or optional else second
+        return cls(parameters, sample, timestep)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall:
+        """Flatten one call.
+
+        Raises:
+            InputError: the arguments do not fit the signature, or the sample is not a tensor.
+        """
+        try:
+            bound = self.parameters.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(f"the denoiser cannot be called like this: {error}; its signature is {self.parameters}") from None
+        bound.apply_defaults()
+        arguments = _inline_variadic(self.parameters, bound.arguments)
+        sample = arguments.get(self.sample)
+        if not isinstance(sample, torch.Tensor):
+            raise InputError(
+                f"argument {self.sample!r} is the sample and must be a tensor, got {type(sample).__name__}; "
+                "pass roles={...} if another argument is the sample"
+            )
+        if self.timestep is not None:
+            arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), sample)
+        leaves, spec = pytree.tree_flatten_with_path(arguments)
+        tensors = {leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+        static = tuple((leaf_name(path), leaf) for path, leaf in leaves if not isinstance(leaf, torch.Tensor))
+        return BoundCall(tensors, static, arguments, spec, tuple(leaf_name(path) for path, _ in leaves))
+
+    def _canonical_timestep(self, timestep: Any, sample: torch.Tensor) -> Any:
+        if isinstance(timestep, bool) or not isinstance(timestep, (int, float, torch.Tensor)):
+            return timestep
+        if not isinstance(timestep, torch.Tensor):
+            dtype = torch.int64 if isinstance(timestep, int) else torch.float64
+            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
+        single = timestep.dim() == 0 or timestep.numel() == 1
+        if self.batched_timestep and single:
+            return timestep.to(sample.device).reshape(1).expand(sample.shape[0])
+        if not self.batched_timestep and single:
+            return timestep.reshape(())
+        return timestep
+
+
+def _first(names: Any) -> str | None:
+    return next(iter(names), None)
+
+
+def _takes_any_keyword(signature: inspect.Signature) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _inline_variadic(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name with ``**kwargs`` merged in; ``*args`` cannot be named and must be empty."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            if value:
+                raise InputError(f"*{name} of the denoiser was given {len(value)} arguments; pass arguments by name")
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update(value)
+        else:
+            flat[name] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the flat tensors of a graph become what the model returns.
+
+    Attributes:
+        rebuild: for each value of ``return_dict`` (``None`` if the model has none), a function from the flat list of
+            tensors to the model's own return type.
+    """
+
+    rebuild: Mapping[Any, Callable[[Sequence[Any]], Any]]
+
+    def __call__(self, tensors: Sequence[Any], return_dict: Any = None) -> Any:
+        build = self.rebuild.get(return_dict) or next(iter(self.rebuild.values()))
+        return build(tensors)
+
+
+def flatten_output(output: Any) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Any]]:
+    """Tensor leaves of a model's output, and the function that puts tensors back in their place.
+
+    Understands tensors, containers, named tuples, and any dataclass (diffusers' ``BaseOutput`` included).
+
+    Raises:
+        CaptureError: the output holds something that is neither a tensor nor plain data.
+    """
+    if isinstance(output, torch.Tensor):
+        return [output], lambda tensors: tensors[0]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [f.name for f in dataclasses.fields(output)]
+        tensors, build = flatten_output({name: getattr(output, name) for name in names})
+        cls: Any = type(output)
+        return tensors, lambda flat: cls(**build(flat))
+    if isinstance(output, Mapping):
+        kind: Any = dict if type(output) is dict else type(output)
+        return _flatten_items(list(output.values()), lambda values: kind(zip(output.keys(), values, strict=True)))
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        named: Any = type(output)
+        return _flatten_items(list(output), lambda values: named(*values))
+    if isinstance(output, (tuple, list)):
+        sequence: Any = type(output)
+        return _flatten_items(list(output), lambda values: sequence(values))
+    if output is None or isinstance(output, (bool, int, float, str)):
+        return [], lambda tensors: output
+    raise CaptureError(
+        f"the denoiser returned a {type(output).__name__}, which is neither a tensor, a container nor a dataclass"
+    )
+
+
+def _flatten_items(
+    items: list[Any], build: Callable[[list[Any]], Any]
+) -> tuple[list[torch.Tensor], Callable[[Sequence[Any]], Any]]:
+    parts = [flatten_output(item) for item in items]
+    counts = [len(tensors) for tensors, _ in parts]
+
+    def rebuild(flat: Sequence[Any]) -> Any:
+        values, start = [], 0
+        for (_, part), count in zip(parts, counts, strict=True):
+            values.append(part(flat[start : start + count]))
+            start += count
+        return build(values)
+
+    return [x for tensors, _ in parts for x in tensors], rebuild
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The prediction in a model's output: its first tensor.
+
+    Raises:
+        CaptureError: there is no tensor in it.
+    """
+    tensors, _ = flatten_output(output)
+    if not tensors:
+        raise CaptureError(f"the denoiser returned no tensor (got {type(output).__name__})")
+    return tensors[0]

@@ -1,0 +1,34 @@
+"""Masks that need no learning. Each policy is a function ``(program, timesteps) -> Mask``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from fxmask.errors import MaskError
+from fxmask.mask import Mask
+from fxmask.program import Program
+
+Policy = Callable[[Program, Iterable[float]], Mask]
+
+
+def interval(period: int) -> Policy:
+    """Compute every branch block at every ``period``-th step and reuse it in between.
+
+    This is FORA (Selvaraju et al., "FORA: Fast-Forward Caching in Diffusion Transformer Acceleration", 2024). Stages
+    and the whole output always compute.
+
+    Raises:
+        MaskError: ``period`` is not a positive integer.
+    """
+    if not isinstance(period, int) or period < 1:
+        raise MaskError(f"period must be a positive number of steps, got {period!r}")
+
+    def policy(program: Program, timesteps: Iterable[float]) -> Mask:
+        steps = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
+        names = tuple(block.name for block in program.branches)
+        rows = (torch.arange(len(steps)) % period == 0).unsqueeze(1).expand(-1, len(names))
+        return Mask(rows, tuple(steps.tolist()), names, fingerprint=program.fingerprint)
+
+    return policy

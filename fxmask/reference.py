@@ -1,0 +1,97 @@
+"""The meaning of a mask: a slow interpreter of (program, mask, forecast) over the steps, with a dictionary as cache.
+
+Every node of the graph is computed at every step; only then a cut value is replaced by its cached one. Nothing is
+removed, nothing is shared. Every other form of a program is tested against this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmask.errors import MaskError
+from fxmask.mask import Mask
+from fxmask.passes.forecast import coefficient_dtype, combine
+from fxmask.program import Program
+from fxmask.trajectory import Trajectory
+
+Cache = dict[tuple[int, str, int], torch.Tensor]  # (step, block, value index) -> stored value
+
+
+def run(
+    program: Program, mask: Mask, calls: Trajectory | Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+) -> list[Any]:
+    """Run the masked program over the steps of a generation.
+
+    Args:
+        program: the captured denoiser; the calls must have the shapes that it was captured with.
+        mask: ``[T, B]``.
+        calls: a trajectory, or T steps, each a dict of the denoiser's arguments or a list of them, one per lane.
+
+    Returns:
+        T results in the model's own return type; a list of them per step where a step has several lanes.
+
+    Raises:
+        MaskError: the number of calls is not T.
+    """
+    steps = [step for step in (calls.calls if isinstance(calls, Trajectory) else calls)]
+    if len(steps) != mask.num_steps:
+        raise MaskError(f"the mask has {mask.num_steps} steps, but {len(steps)} calls were given; one per step is needed")
+    caches: dict[int, Cache] = {}
+    results: list[Any] = []
+    for i, step in enumerate(steps):
+        lanes = [step] if isinstance(step, Mapping) else list(step)
+        outputs = [run_step(program, mask, i, call, caches.setdefault(k, {})) for k, call in enumerate(lanes)]
+        results.append(outputs[0] if len(outputs) == 1 else outputs)
+    return results
+
+
+@torch.no_grad()
+def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], cache: Cache) -> Any:
+    """One call of the masked program. Reads and writes ``cache``; returns the model's own return type."""
+    bound = program.signature.bind((), dict(call))
+    cut = {
+        name: (block.name, i) for block in program.blocks if block.name in mask.blocks for i, name in enumerate(block.values)
+    }
+    computes = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
+    values: dict[fx.Node, Any] = {}
+    arguments = iter(bound.tensors.values())
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(arguments)
+        elif node.op == "get_attr":
+            values[node] = _attribute(program.graph_module, str(node.target))
+        elif node.op == "output":
+            tensors = fx.map_arg(node.args[0], lambda n: values[n])
+            return program.outputs(tensors, dict(bound.static).get("return_dict"))
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.name in cut:
+                block, i = cut[node.name]
+                if computes[block]:
+                    cache[step, block, i] = values[node].clone()
+                else:
+                    values[node] = _cached(mask, step, block, i, cache)
+    raise AssertionError("a graph ends with its output")
+
+
+def _cached(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Tensor:
+    terms = mask.terms(step, block)
+    stored = [cache[source, block, i] for source, _ in terms]
+    if len(terms) == 1 and terms[0][1] == 1.0:
+        return stored[0].clone()
+    dtype = stored[0].dtype
+    coefficients = torch.tensor([c for _, c in terms], dtype=coefficient_dtype(dtype), device=stored[0].device)
+    result: torch.Tensor = combine(lambda op, *a, **k: op(*a, **k), stored, coefficients, 0, dtype)
+    return result
+
+
+def _attribute(module: torch.nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,425 @@
+"""AcceleratedModel: a drop-in for the denoiser that knows which step, which lane, which graph and which caches.
+
+State belongs to a run, not to the module: a ``Generation`` holds caches; the current one is a context variable, so
+threads, tasks and interleaved runs have their own. Within a generation each lane (recognised by its conditioning) has a
+position in the plan's sequence of timesteps; a cache is only ever read at the position right after the one that was run.
+Anything else runs every block and drops what was cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fxmask.calls import RETURN_DICT, BoundCall
+from fxmask.errors import CaptureError, MaskError
+from fxmask.executor import Cache, Executor, GraphStore
+from fxmask.mask import Mask, Plan
+from fxmask.passes.rectify import rectify
+from fxmask.program import Block, Program
+from fxmask.report import Report
+from fxmask.tracing import capture, recapture
+
+logger = logging.getLogger(__name__)
+
+# Largest relative difference between a recorded timestep and the same one in the precision that it arrives in.
+TIMESTEP_ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+class _Variant:
+    """The program captured for one form of call (shapes, types, static arguments), and its executors by start step."""
+
+    def __init__(self, program: Program, mask: Mask, backend: str, plan: Plan | None = None) -> None:
+        self.program = program
+        self.mask = mask
+        self.graphs = GraphStore(program, backend)
+        self._executors: dict[int, Executor] = {}
+        if plan is not None:
+            self._executors[plan.start] = Executor(plan, self.graphs)
+
+    def executor(self, start: int) -> Executor:
+        if start not in self._executors:
+            self._executors[start] = Executor(rectify(self.program, self.mask, start), self.graphs)
+        return self._executors[start]
+
+
+@dataclass
+class _Lane:
+    """One sequence of calls with the same conditioning."""
+
+    conditioning: tuple[torch.Tensor, ...]  # held, so that their memory cannot become another lane's
+    versions: tuple[int, ...]
+    variant: _Variant
+    start: int = 0
+    position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
+    cache: Cache = field(default_factory=dict)
+    doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
+
+    def forget(self) -> None:
+        self.position = None
+        self.cache = {}
+
+
+class Generation:
+    """One run of the sampling loop; caches live as long as it does.
+
+    Use as a context manager around the calls of one run. It may be entered again, so that two runs can be interleaved
+    step by step in one thread, each in its own generation.
+    """
+
+    def __init__(self, owner: AcceleratedModel, explicit: bool) -> None:
+        self._owner = owner
+        self._explicit = explicit
+        self._lanes: list[_Lane] = []
+        self._last: tuple[_Lane, int] | None = None
+        self._tokens: list[contextvars.Token[Generation | None]] = []
+        self.calls = 0
+        self.matched = 0
+
+    def __enter__(self) -> Generation:
+        self._tokens.append(self._owner._fxmask.current.set(self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._owner._fxmask.current.reset(self._tokens.pop())
+        if exception[0] is None and not self._tokens:
+            self._warn_if_useless()
+
+    def run(self, variant: _Variant, bound: BoundCall) -> list[torch.Tensor]:
+        """Run one call of the denoiser and move its lane forward."""
+        tensors = list(bound.tensors.values())
+        lane = self._find_lane(variant, bound)
+        step = self._find_step(lane, bound)
+        self.calls += 1
+        if step is None:
+            lane.forget()
+            return variant.executor(0).run_full(tensors)
+        if step != lane.position:
+            lane.start, lane.cache = step, {}
+        else:
+            self.matched += 1
+        # If the step raises, the position is not known to have been reached: the next call must not go on from it.
+        lane.position = None
+        outputs = variant.executor(lane.start).run_step(step, tensors, lane.cache)
+        lane.position = step + 1
+        return outputs
+
+    def _find_lane(self, variant: _Variant, bound: BoundCall) -> _Lane:
+        """The lane with this call's conditioning: the same tensors, unchanged, or else equal ones."""
+        roles = variant.program.roles
+        given = tuple(x for name, x in bound.tensors.items() if roles.get(name) == "conditioning")
+        lanes = [lane for lane in self._lanes if lane.variant is variant]
+        for lane in lanes:
+            if all(_identical(a, b, v) for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)):
+                return lane
+        for lane in lanes:
+            if all(
+                v == b._version and torch.equal(a, b) for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)
+            ):
+                return lane
+        if not self._explicit and self._lanes and all(x.position in (None, x.variant.mask.num_steps) for x in self._lanes):
+            self._lanes.clear()  # every run so far has ended: what follows is a new one
+        lane = _Lane(given, tuple(x._version for x in given), variant)
+        self._lanes.append(lane)
+        return lane
+
+    def _find_step(self, lane: _Lane, bound: BoundCall) -> int | None:
+        """The step of the plan that a call is, or ``None`` if it must run in full."""
+        mask = lane.variant.mask
+        name = lane.variant.program.signature.timestep
+        if name is None:  # nothing but the count tells steps apart
+            position = lane.position if lane.position is not None else (0 if not lane.cache else None)
+            return position if self._explicit and position is not None and position < mask.num_steps else None
+        timestep = bound.tensors.get(name)
+        if timestep is None:
+            return None
+        value = _single_value(timestep)
+        if value is None:
+            return None
+        rounding = TIMESTEP_ROUNDING.get(timestep.dtype, 1e-6)
+        matches = [i for i, t in enumerate(mask.timesteps) if abs(t - value) <= rounding * max(abs(t), 1e-3)]
+        if lane.position in matches:
+            lane.doubtful = False
+            return lane.position
+        if not matches:
+            return None
+        if not self._explicit and self._is_doubtful(lane, matches[0]):
+            lane.doubtful = True
+            return None
+        lane.doubtful = False
+        return matches[0]
+
+    def _is_doubtful(self, lane: _Lane, step: int) -> bool:
+        """Whether a restart could just as well be a second, interleaved run with the same conditioning.
+
+        Two calls in a row at the first step are an abandoned run and a new one, or two runs, or two lanes that nothing
+        tells apart. Only ``generation()`` can say which.
+        """
+        return step == 0 and (lane.position == 1 or lane.doubtful)
+
+    def _warn_if_useless(self) -> None:
+        mask = self._owner.mask
+        if self.calls > 1 and not self.matched and not bool(mask.compute.all()):
+            warnings.warn(
+                f"none of {self.calls} denoiser calls followed the plan, so nothing was accelerated: it is made for "
+                f"{mask.num_steps} steps at timesteps {_abbreviate(mask.timesteps)}. Use the same scheduler and "
+                "num_inference_steps as in accelerate(), and mark each run with `with accelerated.generation():`",
+                stacklevel=3,
+            )
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
+    return (
+        b._version == version
+        and a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+    )
+
+
+def _single_value(timestep: torch.Tensor) -> float | None:
+    """The timestep as a number, or ``None`` if the samples of a batch are at different ones."""
+    flat = timestep.reshape(-1)
+    first = flat[0].item()
+    if flat.numel() > 1 and flat.stride(0) != 0 and not bool((flat == flat[0]).all()):
+        return None
+    return float(first)
+
+
+def _abbreviate(values: tuple[float, ...]) -> str:
+    shown = [f"{v:g}" for v in values]
+    return "[" + ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]]) + "]"
+
+
+@dataclass
+class _Private:
+    """What an AcceleratedModel holds beside the original's submodules."""
+
+    model: torch.nn.Module
+    program: Program
+    plan: Plan
+    backend: str
+    variants: dict[tuple[Any, ...], _Variant]
+    weights: tuple[Any, ...]
+    # The marked generation, and one that is inferred where none is marked.
+    current: contextvars.ContextVar[Generation | None]
+    inferred: contextvars.ContextVar[Generation | None]
+    lock: Any = field(default_factory=threading.RLock)
+    refused: set[tuple[Any, ...]] = field(default_factory=set)
+
+
+class AcceleratedModel(torch.nn.Module):
+    """The denoiser with a plan. Called like the original, and returns what the original returns.
+
+    Attributes (``config``, ``dtype``, ``device``, ...), ``state_dict``, ``to`` and ``save_pretrained`` are the
+    original's; ``isinstance`` with the original's class holds, so pipelines treat it as the original. In training mode
+    the original runs. Gradients are not recorded.
+
+    Args:
+        program: the captured denoiser.
+        plan: of this program, from ``fxmask.rectify``.
+        backend: ``"inductor"`` or ``"eager"``.
+    """
+
+    def __init__(self, program: Program, plan: Plan, backend: str = "inductor") -> None:
+        super().__init__()
+        if plan.fingerprint != program.fingerprint:
+            raise MaskError(
+                f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
+            )
+        model = program.model
+        variant = _Variant(program, plan.mask, backend, plan)
+        private = _Private(
+            model=model,
+            program=program,
+            plan=plan,
+            backend=backend,
+            variants={program.example.key: variant},
+            weights=_weights_of(model),
+            current=contextvars.ContextVar("fxmask_generation", default=None),
+            inferred=contextvars.ContextVar("fxmask_inferred", default=None),
+        )
+        # The original's own dictionaries: parameters, submodules and what is later done to them stay one and the same.
+        shared = {name: model.__dict__[name] for name in ("_parameters", "_buffers", "_modules")}
+        shared["_non_persistent_buffers_set"] = model.__dict__["_non_persistent_buffers_set"]
+        self.__dict__.update(shared, _fxmask=private, training=model.training, __module__=type(model).__module__)
+
+    @property
+    def __class__(self) -> Any:
+        """The original's class: pipelines check types, and record the class in their config."""
+        return type(self.__dict__["_fxmask"].model) if "_fxmask" in self.__dict__ else AcceleratedModel
+
+    @property
+    def original(self) -> torch.nn.Module:
+        """The denoiser that was accelerated."""
+        return self._fxmask.model
+
+    @property
+    def program(self) -> Program:
+        """The captured denoiser."""
+        return self._fxmask.program
+
+    @property
+    def plan(self) -> Plan:
+        """What each step computes, loads and stores."""
+        return self._fxmask.plan
+
+    @property
+    def mask(self) -> Mask:
+        """The rectified mask, bool ``[T, B]``."""
+        return self._fxmask.plan.mask
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The program's blocks."""
+        return self._fxmask.program.blocks
+
+    @property
+    def _fxmask(self) -> _Private:
+        private: _Private = self.__dict__["_fxmask"]
+        return private
+
+    def generation(self) -> Generation:
+        """Mark one run of the sampling loop: ``with accelerated.generation(): ...``.
+
+        Without it a run is recognised from the sequence of timesteps, and whatever is ambiguous runs in full. The one
+        thing that no sequence can tell: a run that was abandoned and is taken up by another run, with the same
+        conditioning, at the very next timestep.
+        """
+        return Generation(self, explicit=True)
+
+    def report(self) -> Report:
+        """What the plan saves, as a table when printed; ``.to_dict()`` for programs."""
+        return Report.of(self.program, self.plan)
+
+    def compile_all(self, progress: bool = False) -> AcceleratedModel:
+        """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""
+        with torch.no_grad():
+            self._fxmask.variants[self.program.example.key].executor(self.plan.start).compile_all(progress)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the denoiser; arguments and return value are the original's."""
+        private = self._fxmask
+        if private.model.training:
+            return private.model(*args, **kwargs)
+        with torch.no_grad():
+            bound = private.program.signature.bind(args, kwargs)
+            variant = self._variant(bound)
+            if variant is None:
+                return private.model(*args, **kwargs)
+            outputs = self._generation().run(variant, bound)
+            return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
+
+    def _generation(self) -> Generation:
+        marked = self._fxmask.current.get()
+        if marked is not None:
+            return marked
+        inferred = self._fxmask.inferred.get()
+        if inferred is None:
+            inferred = Generation(self, explicit=False)
+            self._fxmask.inferred.set(inferred)
+        elif inferred.calls >= max(2, self.mask.num_steps):
+            inferred._warn_if_useless()
+            inferred.calls = inferred.matched = 0
+        return inferred
+
+    def _variant(self, bound: BoundCall) -> _Variant | None:
+        """The program for this form of call, captured now if it is new; ``None`` if it cannot be."""
+        private = self._fxmask
+        key = bound.key
+        weights = _weights_of(private.model)
+        if weights == private.weights and key in private.variants:
+            return private.variants[key]
+        with private.lock:
+            if weights != private.weights:  # .half(), .to(), or modules replaced (LoRA): graphs hold the old ones
+                private.variants.clear()
+                private.refused.clear()
+                private.weights = weights
+            if key in private.refused:
+                return None
+            if key not in private.variants:
+                try:
+                    program = recapture(private.program, _detached(bound))
+                except CaptureError as error:
+                    private.refused.add(key)
+                    warnings.warn(f"this form of call runs unaccelerated, with the original model: {error}", stacklevel=4)
+                    return None
+                private.variants[key] = _Variant(program, private.plan.mask, private.backend)
+            return private.variants[key]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_fxmask" not in self.__dict__:
+                raise
+            return getattr(self._fxmask.model, name)
+
+    def train(self, mode: bool = True) -> AcceleratedModel:
+        """Set the original's mode; in training mode the original runs."""
+        self._fxmask.model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state dict."""
+        return self._fxmask.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load into the original."""
+        return self._fxmask.model.load_state_dict(state_dict, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return (
+            f"AcceleratedModel({type(self.original).__name__}, {plan.mask.num_steps} steps, {plan.mac_ratio:.2f}x fewer MACs, "
+            f"{plan.distinct_graphs} step graphs, backend={self._fxmask.backend!r})"
+        )
+
+    def __reduce__(self) -> Any:
+        private = self._fxmask
+        roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
+        example = private.program.example.arguments
+        return _restore, (private.model, example, roles, private.plan.mask, private.plan.start, private.backend)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        function, arguments = self.__reduce__()
+        return function(*copy.deepcopy(arguments, memo))
+
+
+def _restore(
+    model: torch.nn.Module, example: Mapping[str, Any], roles: Mapping[str, str], mask: Mask, start: int, backend: str
+) -> AcceleratedModel:
+    """Capture and plan again, after unpickling or a deep copy."""
+    program = capture(model, example, {name.split(".")[0]: role for name, role in roles.items()})
+    return AcceleratedModel(program, rectify(program, mask, start), backend)
+
+
+def _weights_of(model: torch.nn.Module) -> tuple[Any, ...]:
+    """Identity, type and place of every parameter and buffer: what a captured graph relies on."""
+    with contextlib.suppress(StopIteration):
+        return tuple((id(x), x.dtype, x.device) for x in _tensors_of(model))
+    return ()
+
+
+def _tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _detached(bound: BoundCall) -> BoundCall:
+    """A call that keeps no reference to the caller's tensors."""
+    tensors = {name: x.detach().clone() for name, x in bound.tensors.items()}
+    arguments = bound.rebuild(list(tensors.values()))
+    return replace(bound, tensors=tensors, arguments=arguments)

@@ -1,0 +1,43 @@
+"""The value of a loaded block: a linear combination of stored ones, as graph nodes or on tensors.
+
+    plain reuse:  x = stored
+    forecast:     x = stored_0 * c[0] + stored_1 * c[1] + ...     (in float32 where the value has less precision)
+
+The coefficients are one small tensor, an input of the step graph, so that steps with other coefficients share the graph.
+The reference interpreter calls the same function on tensors: both round alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def combine(call: Callable[..., Any], stored: Sequence[Any], coefficients: Any, offset: int, dtype: torch.dtype) -> Any:
+    """Emit ``sum(stored[k] * coefficients[offset + k])``.
+
+    Args:
+        call: ``call(operator, *arguments)``: emits a node, or runs the operator.
+        stored: K stored values of one shape.
+        coefficients: 1-D tensor with the coefficients from ``offset`` on.
+        offset: position of the first coefficient.
+        dtype: of the stored values.
+    """
+    wide = torch.float32 if dtype in LOW_PRECISION else dtype
+    total = None
+    for k, value in enumerate(stored):
+        if wide is not dtype:
+            value = call(aten._to_copy.default, value, dtype=wide)
+        term = call(aten.mul.Tensor, value, call(aten.select.int, coefficients, 0, offset + k))
+        total = term if total is None else call(aten.add.Tensor, total, term)
+    return total if wide is dtype else call(aten._to_copy.default, total, dtype=dtype)
+
+
+def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the coefficients of values of type ``dtype``: float32, or float64 for float64 values."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

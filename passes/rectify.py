@@ -1,0 +1,192 @@
+"""Rectify a mask: backward liveness over (step, block) on the real graph.
+
+    live(step i) = what the outputs of step i, and the values that later steps read from step i, are computed from,
+                   walking backwards and stopping at every cut value that step i loads.
+
+A loaded cut value makes (source step, block) a read of that earlier step; a computed block that nothing reaches is dead
+and is turned off. This is exact on any graph. On a chain of blocks whose cached value is the whole stream it is the
+paper's Eq. 12 (arXiv 2603.19939): drop ``m[t, b]`` when the next block loads and ``b`` itself recomputes at the next
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxmask.passes.count_macs import count_macs
+from torch import fx
+
+from fxmask.errors import MaskError
+from fxmask.mask import Forecast, Load, Mask, Plan, Slot, StepPlan
+from fxmask.program import Block, Program
+
+
+def rectify(program: Program, mask: Mask, start: int = 0) -> Plan:
+    """Exact plan of a mask.
+
+    Args:
+        program: the captured denoiser.
+        mask: which block computes at which step. Blocks of the program that it does not list always compute.
+        start: first step that runs; loads that would read from before it become computes.
+
+    Returns:
+        The plan. ``rectify(program, plan.mask, start)`` returns the same plan.
+
+    Raises:
+        MaskError: the mask names a block that the program does not have, or was made for another program.
+    """
+    blocks = _listed_blocks(program, mask)
+    if not 0 <= start < mask.num_steps:
+        raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
+    skipped = {name for b, name in enumerate(mask.blocks) if not mask.compute[:, b].all()}
+    if start:
+        mask = mask.starting_at(start)
+    cut = _cut_values(program, blocks)
+    weights = {node: count_macs(node) for node in program.graph_module.graph.nodes}
+    reads: list[dict[tuple[str, int], None]] = [{} for _ in range(mask.num_steps)]  # values that later steps read
+    rows: list[_Row | None] = [None] * mask.num_steps
+    for step in reversed(range(start, mask.num_steps)):
+        rows[step] = _live_row(program, mask, step, cut, reads[step], weights)
+        for load in rows[step].load:  # type: ignore[union-attr]
+            for slot in load.slots:
+                reads[slot.step][slot.block, slot.value] = None
+    return _assemble(program, mask, skipped, start, [row or _Row((), (), frozenset(), 0) for row in rows], reads)
+
+
+class _Row:
+    """What is live in one step."""
+
+    def __init__(self, compute: Sequence[str], load: Sequence[Load], live: frozenset[fx.Node], macs: int) -> None:
+        self.compute = frozenset(compute)
+        self.load = tuple(load)
+        self.live = live
+        self.macs = macs
+
+
+def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
+    known = {block.name: block for block in program.blocks}
+    missing = [name for name in mask.blocks if name not in known]
+    if missing:
+        raise MaskError(f"the mask names blocks that the program does not have: {missing[:5]}; its blocks are {list(known)}")
+    if mask.fingerprint is not None and mask.fingerprint != program.fingerprint:
+        raise MaskError(
+            f"the mask was made for a program with fingerprint {mask.fingerprint}, this one has {program.fingerprint}; "
+            "capture the same model, or pass fingerprint=None if the block names are all that matters"
+        )
+    return [known[name] for name in mask.blocks]
+
+
+def _cut_values(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[str, int]]:
+    """{node name: (block, value index)}. Two blocks may share a value only if one of them is not in the mask."""
+    cut: dict[str, tuple[str, int]] = {}
+    for block in blocks:
+        for i, value in enumerate(block.values):
+            if value in cut:
+                raise MaskError(f"blocks {cut[value][0]!r} and {block.name!r} both cut {value}; list only one of them")
+            cut[value] = (block.name, i)
+    return cut
+
+
+def _live_row(
+    program: Program,
+    mask: Mask,
+    step: int,
+    cut: dict[str, tuple[str, int]],
+    stored: dict[tuple[str, int], None],
+    weights: dict[fx.Node, int],
+) -> _Row:
+    column = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
+    roots = {program.block(block).values[i] for block, i in stored}
+    live: set[fx.Node] = set()
+    compute: set[str] = set()
+    load: list[Load] = []
+    macs = 0
+    for node in reversed(program.graph_module.graph.nodes):
+        if node.op != "output" and node.name not in roots and not any(user in live for user in node.users):
+            continue
+        block, value = cut.get(node.name, (None, 0))
+        if block is not None and not column[block]:
+            load.append(Load(block, value, mask.terms(step, block)))
+            continue  # its inputs are not needed through it
+        if block is not None:
+            compute.add(block)
+        live.add(node)
+        macs += weights[node]
+    return _Row(sorted(compute), tuple(reversed(load)), frozenset(live), macs)
+
+
+def _assemble(
+    program: Program,
+    mask: Mask,
+    skipped: set[str],
+    start: int,
+    rows: Sequence[_Row],
+    reads: Sequence[dict[tuple[str, int], None]],
+) -> Plan:
+    """Number the graphs, find the last reader of every slot, simulate the cache."""
+    emits = _shared_emits(program, skipped, start, rows, reads)
+    last: dict[Slot, int] = {}
+    for step, row in enumerate(rows):
+        for load in row.load:
+            last.update(dict.fromkeys(load.slots, step))
+    graphs: dict[object, int] = {}
+    steps = []
+    held: set[Slot] = set()
+    peak = 0
+    for step, row in enumerate(rows):
+        if step < start:
+            steps.append(StepPlan(frozenset(), (), (), (), (), -1, 0))
+            continue
+        emit = emits[_shape(row)]
+        store = tuple(value for value in emit if value in reads[step])
+        held |= {Slot(block, value, step) for block, value in store}
+        peak = max(peak, sum(_slot_bytes(program, slot) for slot in held))
+        drop = tuple(sorted(slot for slot in held if last[slot] <= step))
+        held -= set(drop)
+        graph = graphs.setdefault(_shape(row), len(graphs))
+        steps.append(StepPlan(row.compute, row.load, store, emit, drop, graph, row.macs))
+    total = sum(count_macs(node) for node in program.graph_module.graph.nodes)
+    return Plan(_rectified(mask, rows, start), tuple(steps), start, total, peak, program.fingerprint)
+
+
+def _shared_emits(
+    program: Program, skipped: set[str], start: int, rows: Sequence[_Row], reads: Sequence[dict[tuple[str, int], None]]
+) -> dict[object, tuple[tuple[str, int], ...]]:
+    """What the graph of each shape returns besides its outputs, in graph order.
+
+    Steps that compute and load alike share a graph, so it returns what any of them stores. The graph that computes
+    everything returns every value that the mask ever loads: one graph then serves the first step of a run, a run that
+    starts in the middle, and calls that no plan covers.
+    """
+    order = [(b.name, i) for b in program.blocks for i in range(len(b.values))]
+    wanted: dict[object, set[tuple[str, int]]] = {}
+    for step in range(start, len(rows)):
+        values = wanted.setdefault(_shape(rows[step]), set(reads[step]))
+        values |= set(reads[step])
+        if not rows[step].load:
+            values |= {value for value in order if value[0] in skipped}
+    return {shape: tuple(value for value in order if value in values) for shape, values in wanted.items()}
+
+
+def _shape(row: _Row) -> object:
+    """Rows that can share a step graph: the same live nodes, and loads of the same form."""
+    return (row.live, tuple((x.block, x.value, x.plain, len(x.terms)) for x in row.load))
+
+
+def _slot_bytes(program: Program, slot: Slot) -> int:
+    value = program.node(program.block(slot.block).values[slot.value]).meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _rectified(mask: Mask, rows: Sequence[_Row], start: int) -> Mask:
+    """The mask without dead computes, and without forecasts of loads that nobody needs."""
+    compute = mask.compute.clone()
+    kept = {}
+    for step in range(start, mask.num_steps):
+        loaded = {load.block: load.terms for load in rows[step].load}
+        for b, name in enumerate(mask.blocks):
+            if compute[step, b]:
+                compute[step, b] = name in rows[step].compute  # never off in the first row: all of it is live there
+            elif mask.forecast and (step, name) in mask.forecast.terms and name in loaded:
+                kept[step, name] = loaded[name]
+    return Mask(compute, mask.timesteps, mask.blocks, Forecast(kept) if kept else None, mask.fingerprint)
