@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fxmask.backends import get_backend
+from fxmask.errors import InputError, MaskError
 from fxmask.inputs import ExampleInputs
 from fxmask.learning import Outcome, learn
 from fxmask.mask import Mask, Plan
@@ -62,10 +64,21 @@ def accelerate(
     outcome = Outcome(speedup, macs, max_error)
     if mask is not None:
         outcome.refuse_with("mask")
+    get_backend(backend)
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise InputError(f"{type(model).__name__} is in training mode; call model.eval() first")
     trajectory = record(model, scheduler, num_inference_steps, RECORDED_BATCH, example_inputs, step_kwargs, seed)
     program = capture(model, trajectory.calls[0][0])
     if mask is None:
         mask = learn(program, trajectory, speedup, macs, max_error, max_graphs, seed, progress)
+    elif mask.timesteps != trajectory.timesteps:
+        raise MaskError(
+            f"the mask is for {mask.num_steps} steps from timestep {mask.timesteps[0]:g}, the scheduler makes "
+            f"{trajectory.num_steps} from {trajectory.timesteps[0]:g}; pass the num_inference_steps and scheduler that the "
+            "mask was made for"
+        )
     plan = rectify(program, mask)
     accelerated = compile(program, plan, backend)
     return accelerated.compile_all(progress) if backend != "eager" else accelerated

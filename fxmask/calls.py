@@ -204,6 +204,7 @@ class OutputSpec:
     rebuild: Mapping[Any, Callable[[Sequence[Any]], Any]]
 
     def __call__(self, tensors: Sequence[Any], return_dict: Any = None) -> Any:
+        """What the model would have returned."""
         build = self.rebuild.get(return_dict) or next(iter(self.rebuild.values()))
         return build(tensors)
 

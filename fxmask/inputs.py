@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,9 +21,8 @@ CONFIG_SIZE = ("sample_size",)
 
 def module_device(model: torch.nn.Module) -> torch.device:
     """Device of the first parameter or buffer; CPU if there is none."""
-    tensor = next(iter(model.parameters()), None)
-    tensor = next(iter(model.buffers()), None) if tensor is None else tensor
-    return torch.device("cpu") if tensor is None else tensor.device
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def module_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -206,9 +206,10 @@ def learn_scores(
     optimizer = torch.optim.Adam(rows, lr=options.learning_rate)
     pull = torch.zeros(count)
     strength: float | None = None
+    epoch = 0
     bar = tqdm(total=options.epochs * calls.num_steps, desc="learning the mask", unit="step", disable=not progress)
     try:
-        for epoch in range(options.epochs):
+        for epoch in range(options.epochs):  # noqa: B007 (told when interrupted)
             caches = soft.empty_caches(program)
             for i in range(calls.num_steps):
                 gradient, caches, error = _step(soft, inputs[i], rows[i], caches, calls.outputs[i][0], i == 0)
@@ -288,6 +289,7 @@ class Budget:
 
     @classmethod
     def of(cls, program: Program, num_steps: int) -> Budget:
+        """Budget of a program's branches over ``num_steps`` steps."""
         share = torch.tensor([b.macs for b in program.branches], dtype=torch.float64) / max(1, program.macs)
         return cls(share, num_steps, tuple(b.name for b in program.branches))
 

@@ -37,7 +37,7 @@ def run(
     Raises:
         MaskError: the number of calls is not T.
     """
-    steps = [step for step in (calls.calls if isinstance(calls, Trajectory) else calls)]
+    steps: list[Any] = list(calls.calls if isinstance(calls, Trajectory) else calls)
     if len(steps) != mask.num_steps:
         raise MaskError(f"the mask has {mask.num_steps} steps, but {len(steps)} calls were given; one per step is needed")
     caches: dict[int, Cache] = {}
@@ -69,7 +69,7 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
             return program.outputs(tensors, dict(bound.static).get("return_dict"))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
             if node.name in cut:
                 block, i = cut[node.name]
                 if computes[block]:

@@ -80,5 +80,6 @@ def draw_mask(mask: Mask, axes: Any) -> None:
     """Draw a mask as a heat map on matplotlib ``axes``: a row per block, a column per step, dark = computed."""
     axes.imshow(mask.compute.T.float().numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
     axes.set_yticks(range(len(mask.blocks)), mask.blocks, fontsize=6)
+    axes.set_xticks(range(0, mask.num_steps, max(1, mask.num_steps // 10)))
     axes.set_xlabel("step")
     axes.set_title(f"computed blocks (dark), {mask.num_steps} steps")

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 # Largest relative difference between a recorded timestep and the same one in the precision that it arrives in.
 TIMESTEP_ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
+# Without a marked generation, a lane that was not called for this many calls is taken for abandoned.
+IDLE_CALLS = 64
+
 
 class _Variant:
     """The program captured for one form of call (shapes, types, static arguments), and its executors by start step."""
@@ -62,6 +65,8 @@ class _Lane:
     start: int = 0
     position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
     cache: Cache = field(default_factory=dict)
+    seen: int = 0  # when it was last called, in calls of its generation
+    latest: int | None = None  # the step of the latest call that the plan knows
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
 
     def forget(self) -> None:
@@ -80,8 +85,8 @@ class Generation:
         self._owner = owner
         self._explicit = explicit
         self._lanes: list[_Lane] = []
-        self._last: tuple[_Lane, int] | None = None
         self._tokens: list[contextvars.Token[Generation | None]] = []
+        self._clock = 0
         self.calls = 0
         self.matched = 0
 
@@ -99,6 +104,8 @@ class Generation:
         tensors = list(bound.tensors.values())
         lane = self._find_lane(variant, bound)
         step = self._find_step(lane, bound)
+        self._clock += 1
+        lane.seen = self._clock
         self.calls += 1
         if step is None:
             lane.forget()
@@ -126,8 +133,8 @@ class Generation:
                 v == b._version and torch.equal(a, b) for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)
             ):
                 return lane
-        if not self._explicit and self._lanes and all(x.position in (None, x.variant.mask.num_steps) for x in self._lanes):
-            self._lanes.clear()  # every run so far has ended: what follows is a new one
+        if not self._explicit:  # lanes of runs that ended or were abandoned hold memory for nothing
+            self._lanes = [x for x in self._lanes if x.cache and self._clock - x.seen <= IDLE_CALLS]
         lane = _Lane(given, tuple(x._version for x in given), variant)
         self._lanes.append(lane)
         return lane
@@ -147,24 +154,24 @@ class Generation:
             return None
         rounding = TIMESTEP_ROUNDING.get(timestep.dtype, 1e-6)
         matches = [i for i, t in enumerate(mask.timesteps) if abs(t - value) <= rounding * max(abs(t), 1e-3)]
-        if lane.position in matches:
-            lane.doubtful = False
-            return lane.position
         if not matches:
             return None
-        if not self._explicit and self._is_doubtful(lane, matches[0]):
-            lane.doubtful = True
-            return None
-        lane.doubtful = False
-        return matches[0]
+        step = lane.position if lane.position in matches else matches[0]
+        assert step is not None
+        if not self._explicit:
+            lane.doubtful = self._is_doubtful(lane, step)
+        lane.latest = step
+        return None if lane.doubtful else step
 
     def _is_doubtful(self, lane: _Lane, step: int) -> bool:
-        """Whether a restart could just as well be a second, interleaved run with the same conditioning.
+        """Whether a call could belong to one of two runs with the same conditioning.
 
-        Two calls in a row at the first step are an abandoned run and a new one, or two runs, or two lanes that nothing
-        tells apart. Only ``generation()`` can say which.
+        Two calls in a row at one step are an abandoned run and a new one, or two runs step by step, or two lanes that
+        nothing tells apart; only ``generation()`` can say which. The doubt ends when the sequence goes back: a new run.
         """
-        return step == 0 and (lane.position == 1 or lane.doubtful)
+        if lane.latest is None or step == lane.position:
+            return False
+        return step == lane.latest or (lane.doubtful and step > lane.latest)
 
     def _warn_if_useless(self) -> None:
         mask = self._owner.mask
@@ -254,7 +261,7 @@ class AcceleratedModel(torch.nn.Module):
         shared["_non_persistent_buffers_set"] = model.__dict__["_non_persistent_buffers_set"]
         self.__dict__.update(shared, _fxmask=private, training=model.training, __module__=type(model).__module__)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The original's class: pipelines check types, and record the class in their config."""
         return type(self.__dict__["_fxmask"].model) if "_fxmask" in self.__dict__ else AcceleratedModel

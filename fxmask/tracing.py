@@ -134,6 +134,12 @@ def _choose_timestep_form(
             continue
         if len(got) == len(expected) and all(_same(a, b) for a, b in zip(got, expected, strict=True)):
             return candidate, trial
+    again = flatten_output(model(**dict(example_inputs)))[0]
+    if not all(_same(a, b) for a, b in zip(again, expected, strict=True)):
+        raise CaptureError(
+            f"{type(model).__name__} gives another result when called twice with the same arguments: it draws random "
+            "numbers or keeps state between calls, and neither can be cached"
+        )
     raise CaptureError(
         f"{type(model).__name__} computes something else when argument {signature.timestep!r} is a tensor instead of "
         f"{given!r}; pass the timestep as a tensor, or name another argument with roles={{...: 'timestep'}}"

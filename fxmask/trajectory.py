@@ -222,7 +222,7 @@ def _as_timestep(timestep: Any, device: torch.device) -> torch.Tensor:
 
 def _scale(scheduler: Any, x: torch.Tensor, timestep: Any) -> torch.Tensor:
     scale = getattr(scheduler, "scale_model_input", None)
-    return scale(x, timestep) if callable(scale) else x  # type: ignore[no-any-return]
+    return scale(x, timestep) if callable(scale) else x
 
 
 def _prediction(prediction: torch.Tensor, x: torch.Tensor, scheduler: Any) -> torch.Tensor:

@@ -53,7 +53,8 @@ def _attention(node: fx.Node) -> int:
 
 def _einsum(node: fx.Node) -> int:
     equation, operands = node.args[0], node.args[1]
-    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    assert isinstance(equation, str)
+    assert isinstance(operands, (list, tuple))
     if len(operands) < 2:
         return 0  # a permutation, a trace or a sum
     sizes: dict[str, int] = {}

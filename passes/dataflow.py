@@ -49,8 +49,8 @@ class Dataflow:
         return cls(nodes, index, ancestors, macs, parent, exclusive)
 
     def depends(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether ``node`` is computed from ``source``."""
-        return bool(self.ancestors[node] >> self.index[source] & 1)
+        """Whether ``node`` is computed from ``source``, or is ``source``."""
+        return node is source or bool(self.ancestors[node] >> self.index[source] & 1)
 
     def within(self, node: fx.Node, root: fx.Node) -> bool:
         """Whether ``node`` dies when ``root`` is cut (``root`` itself included)."""
@@ -65,9 +65,9 @@ class Dataflow:
         cut = set(roots)
         live: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node.op == "output" or any(user in live for user in node.users):
-                if node not in cut:
-                    live.add(node)
+            needed = node.op == "output" or any(user in live for user in node.users)
+            if needed and node not in cut:
+                live.add(node)
         return [node for node in self.nodes if node not in live and (node in self.parent or node in cut)]
 
 

@@ -55,7 +55,8 @@ def find_blocks(graph: fx.Graph, sample: fx.Node, batch_size: int) -> tuple[Bloc
     found = _residual_branches(flow, sample, total)
     branches, outer = _choose_level(flow, found)
     stages = _stages(flow, sample, total, branches, outer)
-    picks = [("branch", (b.value,)) for b in branches] + [("stage", (node,)) for node in stages]
+    picks: list[tuple[str, tuple[fx.Node, ...]]] = [("branch", (b.value,)) for b in branches]
+    picks += [("stage", (node,)) for node in stages]
     outputs = _outputs(graph, flow, sample)
     if outputs:
         picks.append(("output", outputs))
@@ -115,7 +116,7 @@ def _branch_operand(node: fx.Node, flow: Dataflow, sample: fx.Node, joins: set[f
         moving = [a for a in factors if flow.depends(a, sample)]
         right = moving[0] if len(moving) == 1 else None
     else:
-        left, right = node.args[0], node.args[1] if len(node.args) > 1 else None
+        left, right = (node.args[0], _as_node(node.args[1])) if len(node.args) > 1 else (None, None)
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
         return None
     if not (flow.depends(left, sample) and flow.depends(right, sample)):
@@ -132,6 +133,10 @@ def _branch_operand(node: fx.Node, flow: Dataflow, sample: fx.Node, joins: set[f
     if flow.exclusive[heavy] > 0 and flow.exclusive[light] <= SHORTCUT_RATIO * flow.exclusive[heavy]:
         return heavy
     return None
+
+
+def _as_node(argument: object) -> fx.Node | None:
+    return argument if isinstance(argument, fx.Node) else None
 
 
 def _strip_gates(value: fx.Node, flow: Dataflow, sample: fx.Node) -> fx.Node:

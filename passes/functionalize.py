@@ -105,7 +105,7 @@ def _inline_wrapped(module: fx.GraphModule) -> bool:
     for node in module.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
-        name = node.target.name()
+        name = str(node.target)
         position = next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"), None)
         # wrap_with_autocast(device_type, dtype, enabled, cache_enabled, body, ...)
         enters_autocast = "autocast" in name and node.args[2] is not False

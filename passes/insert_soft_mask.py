@@ -70,7 +70,7 @@ def insert_soft_mask(program: Program, blocks: Sequence[Block]) -> SoftGraph:
             stale = graph.call_function(aten.mul.Tensor, (caches[node.name], rest))
             blended[node.name] = copies[node] = graph.call_function(aten.add.Tensor, (fresh, stale))
     output = next(iter(program.graph_module.graph.find_nodes(op="output")))
-    results = [copies[n] for n in output.args[0]]  # type: ignore[union-attr]
+    results = [copies[n] for n in output.args[0]]
     graph.output((*results, *(blended[name] for _, name in order)))
     weights = {
         str(node.target): _attribute(program.graph_module, str(node.target)).detach()

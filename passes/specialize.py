@@ -94,7 +94,7 @@ def _build(program: Program, load: tuple[Load, ...], store: tuple[tuple[str, int
         elif node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, lambda n: values[n])
     stored = [values[program.node(program.block(block).values[i])] for block, i in store]
-    results = [values[n] for n in next(iter(source.graph.find_nodes(op="output"))).args[0]]  # type: ignore[union-attr]
+    results = [values[n] for n in next(iter(source.graph.find_nodes(op="output"))).args[0]]
     outputs = _unalias_outputs(graph, results, set(stored) | set(cached))
     stored = [value if _is_fresh(value) else _clone(graph, value) for value in stored]
     graph.output((*outputs, *stored))
