@@ -50,6 +50,7 @@ class BoundCall:
         arguments: the arguments by parameter name, before flattening.
         spec: tree structure of ``arguments``.
         layout: for each leaf its name, in tree order.
+        timestep: the timestep as it was given.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -57,6 +58,7 @@ class BoundCall:
     arguments: dict[str, Any]
     spec: pytree.TreeSpec
     layout: tuple[str, ...]
+    timestep: Any = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -148,12 +150,13 @@ class Signature:
                 f"argument {self.sample!r} is the sample and must be a tensor, got {type(sample).__name__}; "
                 "pass roles={...} if another argument is the sample"
             )
+        given = arguments.get(self.timestep) if self.timestep is not None else None
         if self.timestep is not None:
             arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), sample)
         leaves, spec = pytree.tree_flatten_with_path(arguments)
         tensors = {leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
         static = tuple((leaf_name(path), leaf) for path, leaf in leaves if not isinstance(leaf, torch.Tensor))
-        return BoundCall(tensors, static, arguments, spec, tuple(leaf_name(path) for path, _ in leaves))
+        return BoundCall(tensors, static, arguments, spec, tuple(leaf_name(path) for path, _ in leaves), given)
 
     def _canonical_timestep(self, timestep: Any, sample: torch.Tensor) -> Any:
         if isinstance(timestep, bool) or not isinstance(timestep, (int, float, torch.Tensor)):

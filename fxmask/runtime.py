@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fxmask.calls import RETURN_DICT, BoundCall
+from fxmask.clock import Clock, version_of
 from fxmask.errors import CaptureError, MaskError
 from fxmask.executor import Cache, Executor, GraphStore
 from fxmask.mask import Mask, Plan
@@ -86,7 +87,8 @@ class Generation:
         self._explicit = explicit
         self._lanes: list[_Lane] = []
         self._tokens: list[contextvars.Token[Generation | None]] = []
-        self._clock = 0
+        self._clock = Clock()
+        self._count = 0
         self.calls = 0
         self.matched = 0
 
@@ -104,8 +106,8 @@ class Generation:
         tensors = list(bound.tensors.values())
         lane = self._find_lane(variant, bound)
         step = self._find_step(lane, bound)
-        self._clock += 1
-        lane.seen = self._clock
+        self._count += 1
+        lane.seen = self._count
         self.calls += 1
         if step is None:
             lane.forget()
@@ -130,12 +132,13 @@ class Generation:
                 return lane
         for lane in lanes:
             if all(
-                v == b._version and torch.equal(a, b) for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)
+                v == version_of(b) and torch.equal(a, b)
+                for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)
             ):
                 return lane
         if not self._explicit:  # lanes of runs that ended or were abandoned hold memory for nothing
-            self._lanes = [x for x in self._lanes if x.cache and self._clock - x.seen <= IDLE_CALLS]
-        lane = _Lane(given, tuple(x._version for x in given), variant)
+            self._lanes = [x for x in self._lanes if x.cache and self._count - x.seen <= IDLE_CALLS]
+        lane = _Lane(given, tuple(version_of(x) for x in given), variant)
         self._lanes.append(lane)
         return lane
 
@@ -146,13 +149,13 @@ class Generation:
         if name is None:  # nothing but the count tells steps apart
             position = lane.position if lane.position is not None else (0 if not lane.cache else None)
             return position if self._explicit and position is not None and position < mask.num_steps else None
-        timestep = bound.tensors.get(name)
+        timestep = bound.timestep
         if timestep is None:
             return None
-        value = _single_value(timestep)
+        rounding = TIMESTEP_ROUNDING.get(getattr(timestep, "dtype", None), 1e-6)
+        value = self._read_timestep(lane, timestep, rounding)
         if value is None:
             return None
-        rounding = TIMESTEP_ROUNDING.get(timestep.dtype, 1e-6)
         matches = [i for i, t in enumerate(mask.timesteps) if abs(t - value) <= rounding * max(abs(t), 1e-3)]
         if not matches:
             return None
@@ -162,6 +165,23 @@ class Generation:
             lane.doubtful = self._is_doubtful(lane, step)
         lane.latest = step
         return None if lane.doubtful else step
+
+    def _read_timestep(self, lane: _Lane, timestep: Any, rounding: float) -> float | None:
+        """The timestep's value. Waits for the device only where a marked generation cannot predict it."""
+        wrong = self._clock.wrong_prediction(rounding)
+        if wrong is not None:
+            for other in self._lanes:
+                other.forget()
+            raise RuntimeError(
+                f"inside generation() a call was taken for timestep {wrong[0]:g}, but it was at {wrong[1]:g}; its result is "
+                "wrong. Mark each run of the sampling loop with a generation() of its own, and follow the plan's timesteps"
+            )
+        expected = lane.position is not None and lane.position < lane.variant.mask.num_steps
+        if self._explicit and expected and not self._clock.knows(timestep):
+            value = lane.variant.mask.timesteps[lane.position or 0]
+            self._clock.predict(timestep, value)
+            return value
+        return self._clock.read(timestep)
 
     def _is_doubtful(self, lane: _Lane, step: int) -> bool:
         """Whether a call could belong to one of two runs with the same conditioning.
@@ -186,21 +206,12 @@ class Generation:
 
 def _identical(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
     return (
-        b._version == version
+        version_of(b) == version != -1
         and a.data_ptr() == b.data_ptr()
         and a.shape == b.shape
         and a.stride() == b.stride()
         and a.dtype == b.dtype
     )
-
-
-def _single_value(timestep: torch.Tensor) -> float | None:
-    """The timestep as a number, or ``None`` if the samples of a batch are at different ones."""
-    flat = timestep.reshape(-1)
-    first = flat[0].item()
-    if flat.numel() > 1 and flat.stride(0) != 0 and not bool((flat == flat[0]).all()):
-        return None
-    return float(first)
 
 
 def _abbreviate(values: tuple[float, ...]) -> str:
