@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from fxmask.passes.count_macs import shape_of
 from fxmask.passes.dataflow import Dataflow
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from torch import fx
 
 from fxmask.program import Block
@@ -42,6 +43,7 @@ class _Branch:
     macs: int
 
 
+@graph_pass(requires=(functional, has_shapes, one_output_tuple))
 def find_blocks(graph: fx.Graph, sample: fx.Node, batch_size: int) -> tuple[Block, ...]:
     """The blocks of a functional graph, in graph order.
 

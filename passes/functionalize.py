@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxmask.passes.remove_dead import is_assert, mutates, remove_dead
+from fxmask.passes.observer import functional, graph_pass, has_shapes, is_assert, mutates, one_output_tuple
+from fxmask.passes.remove_dead import remove_dead
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -22,6 +23,7 @@ from fxmask.errors import CaptureError
 _MUTATIONS = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATION: "argument"}
 
 
+@graph_pass(ensures=(functional, has_shapes, one_output_tuple))
 def functionalize(exported: torch.export.ExportedProgram, model: torch.nn.Module, prefix: str) -> fx.GraphModule:
     """Functional graph of an exported wrapper around ``model``.
 

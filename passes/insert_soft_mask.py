@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.program import Block, Program
 
 aten = torch.ops.aten
@@ -46,6 +47,7 @@ def _materialise(node: fx.Node) -> torch.Tensor:
     return torch.empty(tuple(int(s) for s in value.shape), dtype=value.dtype, device=value.device)
 
 
+@graph_pass(requires=(functional, has_shapes, one_output_tuple), ensures=(functional, one_output_tuple))
 def insert_soft_mask(program: Program, blocks: Sequence[Block]) -> SoftGraph:
     """Blend every cut value of ``blocks`` with a cache, weighted by the block's score."""
     graph = fx.Graph()

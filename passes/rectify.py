@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxmask.passes.count_macs import count_macs
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from torch import fx
 
 from fxmask.errors import MaskError
@@ -21,6 +22,12 @@ from fxmask.mask import Forecast, Load, Mask, Plan, Slot, StepPlan
 from fxmask.program import Block, Program
 
 
+def _rectify_nothing(program: Program, mask: Mask, start: int = 0) -> Plan:
+    """The plan of a mask taken at its word: every block computes or loads as the mask says, needed or not."""
+    return _plan(program, mask, start, keep=True)
+
+
+@graph_pass(requires=(functional, has_shapes, one_output_tuple), otherwise=_rectify_nothing)
 def rectify(program: Program, mask: Mask, start: int = 0) -> Plan:
     """Exact plan of a mask.
 
@@ -35,6 +42,10 @@ def rectify(program: Program, mask: Mask, start: int = 0) -> Plan:
     Raises:
         MaskError: the mask names a block that the program does not have, or was made for another program.
     """
+    return _plan(program, mask, start, keep=False)
+
+
+def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     blocks = _listed_blocks(program, mask)
     if not 0 <= start < mask.num_steps:
         raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
@@ -46,7 +57,8 @@ def rectify(program: Program, mask: Mask, start: int = 0) -> Plan:
     reads: list[dict[tuple[str, int], None]] = [{} for _ in range(mask.num_steps)]  # values that later steps read
     rows: list[_Row | None] = [None] * mask.num_steps
     for step in reversed(range(start, mask.num_steps)):
-        rows[step] = _live_row(program, mask, step, cut, reads[step], weights)
+        roots = set(cut) if keep else {program.block(block).values[i] for block, i in reads[step]}
+        rows[step] = _live_row(program, mask, step, cut, roots, weights)
         for load in rows[step].load:  # type: ignore[union-attr]
             for slot in load.slots:
                 reads[slot.step][slot.block, slot.value] = None
@@ -92,11 +104,10 @@ def _live_row(
     mask: Mask,
     step: int,
     cut: dict[str, tuple[str, int]],
-    stored: dict[tuple[str, int], None],
+    roots: set[str],
     weights: dict[fx.Node, int],
 ) -> _Row:
     column = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
-    roots = {program.block(block).values[i] for block, i in stored}
     live: set[fx.Node] = set()
     compute: set[str] = set()
     load: list[Load] = []

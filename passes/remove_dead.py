@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxmask.errors import PassError
+from fxmask.passes.observer import functional, graph_pass, no_dead_code
 
 KEPT = ("placeholder", "output")
 
 
+@graph_pass(requires=(functional,), ensures=(functional, no_dead_code), otherwise=lambda graph: 0)
 def remove_dead(graph: fx.Graph) -> int:
     """Erase dead nodes of a functional graph in place; returns how many.
 
@@ -24,22 +25,7 @@ def remove_dead(graph: fx.Graph) -> int:
     """
     erased = 0
     for node in reversed(list(graph.nodes)):
-        if node.op in KEPT or node.users:
-            continue
-        if mutates(node) and not is_assert(node):
-            raise PassError(f"remove_dead needs a functional graph, but {node.format_node()} mutates its input")
-        graph.erase_node(node)
-        erased += 1
+        if node.op not in KEPT and not node.users:
+            graph.erase_node(node)
+            erased += 1
     return erased
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether the node's operator writes to one of its inputs."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
-def is_assert(node: fx.Node) -> bool:
-    """Whether the node only checks something and computes nothing."""
-    name = getattr(node.target, "__name__", str(node.target)) if callable(node.target) else str(node.target)
-    return node.op == "call_function" and ("_assert" in name or name.startswith("sym_constrain_range"))

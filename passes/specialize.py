@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from fxmask.passes.forecast import coefficient_dtype, combine
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.passes.remove_dead import remove_dead
 from torch import fx
 
@@ -75,6 +76,7 @@ def specialize(program: Program, plan: Plan) -> tuple[StepGraph, ...]:
     return tuple(specialize_step(program, plan, steps) for _, steps in sorted(users.items()))
 
 
+@graph_pass(requires=(functional, has_shapes, one_output_tuple), ensures=(functional, one_output_tuple))
 def specialize_step(program: Program, plan: Plan, steps: list[int]) -> StepGraph:
     """The graph that ``steps``, which share one, run."""
     first = plan.steps[steps[0]]
