@@ -234,6 +234,7 @@ class _Private:
     inferred: contextvars.ContextVar[Generation | None]
     lock: Any = field(default_factory=threading.RLock)
     refused: set[tuple[Any, ...]] = field(default_factory=set)
+    warned: set[Any] = field(default_factory=set)
 
 
 class AcceleratedModel(torch.nn.Module):
@@ -357,6 +358,11 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         key = bound.key
         weights = _weights_of(private.model)
+        sample = bound.tensors[private.program.signature.sample]
+        if any(device != sample.device for _, _, device in weights):
+            # Offloading moves weights in hooks of the original's forward, which a graph does not call.
+            self._warn_once("offloaded", "the weights are not where the sample is, so the original model runs, unaccelerated")
+            return None
         if weights == private.weights and key in private.variants:
             return private.variants[key]
         with private.lock:
@@ -371,10 +377,15 @@ class AcceleratedModel(torch.nn.Module):
                     program = recapture(private.program, _detached(bound))
                 except CaptureError as error:
                     private.refused.add(key)
-                    warnings.warn(f"this form of call runs unaccelerated, with the original model: {error}", stacklevel=4)
+                    self._warn_once(key, f"this form of call runs unaccelerated, with the original model: {error}")
                     return None
                 private.variants[key] = _Variant(program, private.plan.mask, private.backend)
             return private.variants[key]
+
+    def _warn_once(self, topic: Any, message: str) -> None:
+        if topic not in self._fxmask.warned:
+            self._fxmask.warned.add(topic)
+            warnings.warn(message, stacklevel=5)
 
     def __getattr__(self, name: str) -> Any:
         try:

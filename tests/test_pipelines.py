@@ -106,11 +106,12 @@ def test_save_pretrained_saves_the_original(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.unet.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-def test_second_order_solver():
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
+def test_second_order_solver(name):
     """DeepCache sees Heun's steps as 0, 1, 1, 3, 3, ...; here each call is a step of its own."""
-    from diffusers import HeunDiscreteScheduler
+    import diffusers
 
-    model, scheduler = tiny_unet(), HeunDiscreteScheduler()
+    model, scheduler = tiny_unet(), getattr(diffusers, name)()
     trajectory = fxmask.record(model, scheduler, 4, 2)
     assert trajectory.num_steps == 7
     assert torch.equal(trajectory.rollout(model), trajectory.final)
