@@ -51,7 +51,7 @@ class Diagnosis:
 
     def reproducer(self) -> str:
         """A program that shows the failure, given the ``model`` and the ``calls``."""
-        terms = {k: v for k, v in self.mask.forecast.terms.items()} if self.mask.forecast else None
+        terms = dict(self.mask.forecast.terms) if self.mask.forecast else None
         return "\n".join(
             [
                 "import torch",
@@ -92,9 +92,7 @@ def run_eagerly(program: Program, mask: Mask, calls: Calls) -> list[list[torch.T
     return results
 
 
-def diagnose(
-    program: Program, mask: Mask, calls: Calls, run: Runner = run_eagerly, tolerance: float = 0.0
-) -> Diagnosis | None:
+def diagnose(program: Program, mask: Mask, calls: Calls, run: Runner = run_eagerly, tolerance: float = 0.0) -> Diagnosis | None:
     """Compare a masked program with the reference, and bisect what differs.
 
     Args:

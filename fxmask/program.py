@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxmask.calls import BoundCall, OutputSpec, Signature
+from fxmask.symbolic import SymbolicGraph
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Program:
         verified: whether the graph was compared with the model on real inputs.
         fingerprint: digest of the graph's structure and the block names.
         weights: the parameters and buffers that the graph holds, by graph attribute, as they were at capture.
+        symbolic: captures with symbolic sizes, made when the model is called with another shape; shared by all captures.
     """
 
     graph_module: fx.GraphModule
@@ -68,6 +70,7 @@ class Program:
     verified: bool
     fingerprint: str
     weights: Mapping[str, torch.Tensor] = field(repr=False)
+    symbolic: list[SymbolicGraph] = field(repr=False, default_factory=list)
 
     @property
     def batch_size(self) -> int:

@@ -23,6 +23,7 @@ from fxmask.passes.count_macs import count_attention_macs, count_macs
 from fxmask.passes.find_blocks import describe_blocks, find_blocks
 from fxmask.passes.functionalize import functionalize
 from fxmask.program import Block, Program
+from fxmask.symbolic import export_symbolic
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +282,9 @@ def recapture(program: Program, bound: BoundCall) -> Program:
         CaptureError: the new graph has other blocks, so that a mask for the old one cannot be used.
     """
     roles = {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
-    fresh = capture_bound(program.model, program.signature, bound, roles)
+    with _quiet(), torch.no_grad():
+        fresh = _from_symbolic(program, bound, roles)
+    fresh = fresh or capture_bound(program.model, program.signature, bound, roles)
     old, new = list(program.graph_module.graph.nodes), list(fresh.graph_module.graph.nodes)
     if [(n.op, str(n.target)) for n in old if n.op == "call_function"] == [
         (n.op, str(n.target)) for n in new if n.op == "call_function"
@@ -304,4 +307,27 @@ def recapture(program: Program, bound: BoundCall) -> Program:
                 "accelerate the model for these shapes separately"
             )
         blocks = tuple(by_name[block.name] for block in program.blocks)
-    return replace(fresh, blocks=blocks, fingerprint=program.fingerprint)
+    return replace(fresh, blocks=blocks, fingerprint=program.fingerprint, symbolic=program.symbolic)
+
+
+def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) -> Program | None:
+    """The program for another shape from one symbolic capture, compared with the model; ``None`` if it cannot be had."""
+    model = program.model
+    try:
+        if not any(graph.covers(bound) for graph in program.symbolic):
+            wrapper = _Wrapper(model, program.example).eval()
+            made = export_symbolic(program.example, bound, wrapper, lambda exported: functionalize(exported, model, "model"))
+            if made is None or not made.covers(bound):
+                return None
+            program.symbolic.append(made)
+        graph = next(graph for graph in program.symbolic if graph.covers(bound))
+        module = graph.at(bound)
+        difference = _verify(module, model, bound)
+    except Exception:  # an export fails in many ways; another capture follows
+        logger.debug("no symbolic capture", exc_info=True)
+        return None
+    if difference is not None:
+        logger.debug("the symbolic capture is refused: %s", difference)
+        return None
+    outputs = _output_spec(model, bound)
+    return _assemble(module, model, program.signature, bound, outputs, roles, "torch.export (symbolic sizes)")
