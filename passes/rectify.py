@@ -49,7 +49,6 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     blocks = _listed_blocks(program, mask)
     if not 0 <= start < mask.num_steps:
         raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
-    skipped = {name for b, name in enumerate(mask.blocks) if not mask.compute[:, b].all()}
     if start:
         mask = mask.starting_at(start)
     cut = _cut_values(program, blocks)
@@ -62,7 +61,7 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
         for load in rows[step].load:  # type: ignore[union-attr]
             for slot in load.slots:
                 reads[slot.step][slot.block, slot.value] = None
-    return _assemble(program, mask, skipped, start, [row or _Row((), (), frozenset(), 0) for row in rows], reads)
+    return _assemble(program, mask, start, [row or _Row((), (), frozenset(), 0) for row in rows], reads)
 
 
 class _Row:
@@ -127,15 +126,10 @@ def _live_row(
 
 
 def _assemble(
-    program: Program,
-    mask: Mask,
-    skipped: set[str],
-    start: int,
-    rows: Sequence[_Row],
-    reads: Sequence[dict[tuple[str, int], None]],
+    program: Program, mask: Mask, start: int, rows: Sequence[_Row], reads: Sequence[dict[tuple[str, int], None]]
 ) -> Plan:
     """Number the graphs, find the last reader of every slot, simulate the cache."""
-    emits = _shared_emits(program, skipped, start, rows, reads)
+    emits = _shared_emits(program, start, rows, reads)
     last: dict[Slot, int] = {}
     for step, row in enumerate(rows):
         for load in row.load:
@@ -161,21 +155,22 @@ def _assemble(
 
 
 def _shared_emits(
-    program: Program, skipped: set[str], start: int, rows: Sequence[_Row], reads: Sequence[dict[tuple[str, int], None]]
+    program: Program, start: int, rows: Sequence[_Row], reads: Sequence[dict[tuple[str, int], None]]
 ) -> dict[object, tuple[tuple[str, int], ...]]:
     """What the graph of each shape returns besides its outputs, in graph order.
 
     Steps that compute and load alike share a graph, so it returns what any of them stores. The graph that computes
-    everything returns every value that the mask ever loads: one graph then serves the first step of a run, a run that
+    everything returns every value that any step loads: one graph then serves the first step of a run, a run that
     starts in the middle, and calls that no plan covers.
     """
     order = [(b.name, i) for b in program.blocks for i in range(len(b.values))]
+    loaded = {value for read in reads for value in read}
     wanted: dict[object, set[tuple[str, int]]] = {}
     for step in range(start, len(rows)):
         values = wanted.setdefault(_shape(rows[step]), set(reads[step]))
         values |= set(reads[step])
         if not rows[step].load:
-            values |= {value for value in order if value[0] in skipped}
+            values |= loaded
     return {shape: tuple(value for value in order if value in values) for shape, values in wanted.items()}
 
 

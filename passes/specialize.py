@@ -149,9 +149,10 @@ def forecast_coefficients(program: Program, load: tuple[Load, ...]) -> torch.Ten
     forecasts = [x for x in load if not x.plain]
     if not forecasts:
         return None
-    value = program.node(program.block(forecasts[0].block).values[forecasts[0].value]).meta["val"]
-    flat = [c for x in forecasts for _, c in x.terms]
-    return torch.tensor(flat, dtype=coefficient_dtype(value.dtype), device=value.device)
+    values = [program.node(program.block(x.block).values[x.value]).meta["val"] for x in forecasts]
+    # Multiplying a float32 value by a float64 number rounds the number first, so the finest type serves all of them.
+    dtype = torch.float64 if any(coefficient_dtype(v.dtype) is torch.float64 for v in values) else torch.float32
+    return torch.tensor([c for x in forecasts for _, c in x.terms], dtype=dtype, device=values[0].device)
 
 
 def _is_fresh(node: fx.Node) -> bool:

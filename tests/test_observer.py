@@ -115,8 +115,8 @@ def test_bisection_to_an_optimisation(tiny, monkeypatch, caplog):
     victim = tiny.branches[1].name
     original = module._shared_emits
 
-    def forgetful(program, skipped, start, rows, reads):
-        emits = original(program, skipped, start, rows, reads)
+    def forgetful(program, start, rows, reads):
+        emits = original(program, start, rows, reads)
         keep = observer._off.get()
         return emits if keep else {k: tuple(x for x in v if x[0] != victim) for k, v in emits.items()}
 
