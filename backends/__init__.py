@@ -8,10 +8,10 @@ if __name__ != "fxmask.backends":  # see passes/__init__.py
 from collections.abc import Callable
 from typing import Any
 
-from fxmask.backends.eager import compile_eager
-from fxmask.backends.inductor import compile_inductor
 from torch import fx
 
+from fxmask.backends.eager import compile_eager
+from fxmask.backends.inductor import compile_inductor
 from fxmask.errors import BackendError
 
 Backend = Callable[[fx.GraphModule], Callable[..., Any]]

@@ -343,9 +343,7 @@ def train(what: str, args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def sample(
-    model: nn.Module, count: int, steps: int, seed: int, labels: Tensor | None = None, batch: int = 250
-) -> Tensor:
+def sample(model: nn.Module, count: int, steps: int, seed: int, labels: Tensor | None = None, batch: int = 250) -> Tensor:
     """Draws images with DDIM, without guidance.
 
     Args:
@@ -408,9 +406,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if args.what not in (None, what) or not (args.checkpoints / what).exists():
             continue
         condition = labels if what == "dit" else None
-        images = sample(
-            load_model(what, args.checkpoints), args.count, args.sample_steps, args.seed, condition
-        )
+        images = sample(load_model(what, args.checkpoints), args.count, args.sample_steps, args.seed, condition)
         save_grid(images[:200], args.out / f"{what}.png")
         confidence, guess = classifier(images).softmax(1).max(1)
         results[what] = {
@@ -426,30 +422,20 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "export"):
         command = commands.add_parser(name)
         command.add_argument("--what", choices=FAMILIES, required=True)
-        command.add_argument(
-            "--work", type=Path, default=Path("build/train"), help="folder of the training states"
-        )
-        command.add_argument(
-            "--out", type=Path, default=CHECKPOINTS, help="folder of the shipped checkpoints"
-        )
+        command.add_argument("--work", type=Path, default=Path("build/train"), help="folder of the training states")
+        command.add_argument("--out", type=Path, default=CHECKPOINTS, help="folder of the shipped checkpoints")
         if name == "train":
-            command.add_argument(
-                "--steps", type=int, help="optimiser steps; the default depends on the model"
-            )
+            command.add_argument("--steps", type=int, help="optimiser steps; the default depends on the model")
             command.add_argument("--restart", action="store_true", help="ignore an earlier state")
             command.add_argument("--save-every", type=int, default=500, help="steps between two states")
-            command.add_argument(
-                "--interval", type=float, default=1.0, help="seconds between two progress updates"
-            )
+            command.add_argument("--interval", type=float, default=1.0, help="seconds between two progress updates")
     command = commands.add_parser("evaluate")
     command.add_argument("--what", choices=("ddpm", "dit"))
     command.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)

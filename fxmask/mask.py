@@ -246,6 +246,7 @@ class Plan:
         full_macs: MACs of one unmasked step.
         peak_cache_bytes: largest number of bytes cached at once, per lane, at the captured batch size.
         fingerprint: fingerprint of the program.
+        source: the mask as it was given; a run that starts elsewhere is rectified from it again.
     """
 
     mask: Mask
@@ -254,6 +255,7 @@ class Plan:
     full_macs: int
     peak_cache_bytes: int
     fingerprint: str
+    source: Mask = field(compare=False, repr=False)
 
     @property
     def macs_per_step(self) -> tuple[int, ...]:

@@ -85,8 +85,9 @@ def _cached(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Te
     if len(terms) == 1 and terms[0][1] == 1.0:
         return stored[0].clone()
     dtype = stored[0].dtype
-    coefficients = torch.tensor([c for _, c in terms], dtype=coefficient_dtype(dtype), device=stored[0].device)
-    result: torch.Tensor = combine(lambda op, *a, **k: op(*a, **k), stored, coefficients, 0, dtype)
+    table = coefficient_dtype(dtype)
+    coefficients = torch.tensor([c for _, c in terms], dtype=table, device=stored[0].device)
+    result: torch.Tensor = combine(lambda op, *a, **k: op(*a, **k), stored, coefficients, 0, dtype, table)
     return result
 
 

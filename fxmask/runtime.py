@@ -45,10 +45,17 @@ class _Variant:
     def __init__(self, program: Program, mask: Mask, backend: str, plan: Plan | None = None) -> None:
         self.program = program
         self.mask = mask
+        self.key = program.example.key
+        self._anchor = next(iter(program.weights.values()), None)
+        self._place = self._anchor.device if self._anchor is not None else None
         self.graphs = GraphStore(program, backend)
         self._executors: dict[int, Executor] = {}
         if plan is not None:
             self._executors[plan.start] = Executor(plan, self.graphs)
+
+    def in_place(self) -> bool:
+        """Whether the first weight is still on the device that it was captured on."""
+        return self._anchor is None or self._anchor.device == self._place
 
     def executor(self, start: int) -> Executor:
         if start not in self._executors:
@@ -101,11 +108,14 @@ class Generation:
         if exception[0] is None and not self._tokens:
             self._warn_if_useless()
 
-    def run(self, variant: _Variant, bound: BoundCall) -> list[torch.Tensor]:
-        """Run one call of the denoiser and move its lane forward."""
+    def run(self, variant: _Variant, bound: BoundCall) -> list[torch.Tensor] | None:
+        """Run one call of the denoiser and move its lane forward; ``None`` if the original must run."""
         tensors = list(bound.tensors.values())
-        lane = self._find_lane(variant, bound)
-        step = self._find_step(lane, bound)
+        lane, step = self._locate(self._siblings(variant, bound), bound)
+        if step is None or step != lane.position:  # not a run in progress: its weights may have been replaced
+            current = self._owner._variant(bound)
+            if current is not variant:
+                return None if current is None else self.run(current, bound)
         self._count += 1
         lane.seen = self._count
         self.calls += 1
@@ -122,49 +132,66 @@ class Generation:
         lane.position = step + 1
         return outputs
 
-    def _find_lane(self, variant: _Variant, bound: BoundCall) -> _Lane:
-        """The lane with this call's conditioning: the same tensors, unchanged, or else equal ones."""
+    def variant_in_use(self, bound: BoundCall) -> _Variant | None:
+        """The variant that a run in progress uses for this form of call, if its weights are still where they were.
+
+        Whether weights were replaced is looked up when a run starts, not at every step: that takes a walk over them.
+        """
+        for lane in self._lanes:
+            running = lane.position is not None and 0 < lane.position < lane.variant.mask.num_steps
+            if running and lane.variant.key == bound.key and lane.variant.in_place():
+                return lane.variant
+        return None
+
+    def _siblings(self, variant: _Variant, bound: BoundCall) -> list[_Lane]:
+        """The lanes with this call's conditioning (the same tensors, unchanged, or else equal ones), at least one."""
         roles = variant.program.roles
         given = tuple(x for name, x in bound.tensors.items() if roles.get(name) == "conditioning")
         lanes = [lane for lane in self._lanes if lane.variant is variant]
-        for lane in lanes:
-            if all(_identical(a, b, v) for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)):
-                return lane
-        for lane in lanes:
-            if all(
-                v == version_of(b) and torch.equal(a, b)
-                for a, b, v in zip(given, lane.conditioning, lane.versions, strict=True)
-            ):
-                return lane
+        for test in (_identical, _equal):
+            same = [x for x in lanes if all(map(test, given, x.conditioning, x.versions))]
+            if same:
+                return same
         if not self._explicit:  # lanes of runs that ended or were abandoned hold memory for nothing
             self._lanes = [x for x in self._lanes if x.cache and self._count - x.seen <= IDLE_CALLS]
         lane = _Lane(given, tuple(version_of(x) for x in given), variant)
         self._lanes.append(lane)
-        return lane
+        return [lane]
 
-    def _find_step(self, lane: _Lane, bound: BoundCall) -> int | None:
-        """The step of the plan that a call is, or ``None`` if it must run in full."""
+    def _locate(self, siblings: list[_Lane], bound: BoundCall) -> tuple[_Lane, int | None]:
+        """The lane and the step of the plan that a call is; the step is ``None`` if it must run in full."""
+        waiting = sorted(siblings, key=lambda x: x.seen)
+        lane = waiting[0]
         mask = lane.variant.mask
         name = lane.variant.program.signature.timestep
         if name is None:  # nothing but the count tells steps apart
             position = lane.position if lane.position is not None else (0 if not lane.cache else None)
-            return position if self._explicit and position is not None and position < mask.num_steps else None
+            return lane, position if self._explicit and position is not None and position < mask.num_steps else None
         timestep = bound.timestep
-        if timestep is None:
-            return None
         rounding = TIMESTEP_ROUNDING.get(getattr(timestep, "dtype", None), 1e-6)
-        value = self._read_timestep(lane, timestep, rounding)
-        if value is None:
-            return None
-        matches = [i for i, t in enumerate(mask.timesteps) if abs(t - value) <= rounding * max(abs(t), 1e-3)]
+        value = None if timestep is None else self._read_timestep(lane, timestep, rounding)
+        matches = [] if value is None else [i for i, t in enumerate(mask.timesteps) if _close(t, value, rounding)]
         if not matches:
-            return None
+            return lane, None
+        if self._explicit:
+            lane = self._choose(waiting, matches)
         step = lane.position if lane.position in matches else matches[0]
         assert step is not None
         if not self._explicit:
             lane.doubtful = self._is_doubtful(lane, step)
         lane.latest = step
-        return None if lane.doubtful else step
+        return lane, None if lane.doubtful else step
+
+    def _choose(self, waiting: list[_Lane], matches: list[int]) -> _Lane:
+        """Of lanes with the same conditioning the one whose turn it is; a new one if all have just had theirs."""
+        for lane in waiting:
+            if lane.position in matches:
+                return lane
+        if all(lane.latest in matches and lane.position is not None for lane in waiting):
+            first = waiting[0]
+            self._lanes.append(_Lane(first.conditioning, first.versions, first.variant))
+            return self._lanes[-1]
+        return waiting[0]
 
     def _read_timestep(self, lane: _Lane, timestep: Any, rounding: float) -> float | None:
         """The timestep's value. Waits for the device only where a marked generation cannot predict it."""
@@ -214,6 +241,14 @@ def _identical(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
     )
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
+    return version_of(b) == version and torch.equal(a, b)
+
+
+def _close(a: float, b: float, rounding: float) -> bool:
+    return abs(a - b) <= rounding * max(abs(a), 1e-3)
+
+
 def _abbreviate(values: tuple[float, ...]) -> str:
     shown = [f"{v:g}" for v in values]
     return "[" + ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]]) + "]"
@@ -257,7 +292,7 @@ class AcceleratedModel(torch.nn.Module):
                 f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
             )
         model = program.model
-        variant = _Variant(program, plan.mask, backend, plan)
+        variant = _Variant(program, plan.source, backend, plan)
         private = _Private(
             model=model,
             program=program,
@@ -334,10 +369,13 @@ class AcceleratedModel(torch.nn.Module):
             return private.model(*args, **kwargs)
         with torch.no_grad():
             bound = private.program.signature.bind(args, kwargs)
-            variant = self._variant(bound)
+            generation = self._generation()
+            variant = generation.variant_in_use(bound) or self._variant(bound)
             if variant is None:
                 return private.model(*args, **kwargs)
-            outputs = self._generation().run(variant, bound)
+            outputs = generation.run(variant, bound)
+            if outputs is None:
+                return private.model(*args, **kwargs)
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
 
     def _generation(self) -> Generation:
@@ -379,7 +417,7 @@ class AcceleratedModel(torch.nn.Module):
                     private.refused.add(key)
                     self._warn_once(key, f"this form of call runs unaccelerated, with the original model: {error}")
                     return None
-                private.variants[key] = _Variant(program, private.plan.mask, private.backend)
+                private.variants[key] = _Variant(program, private.plan.source, private.backend)
             return private.variants[key]
 
     def _warn_once(self, topic: Any, message: str) -> None:
@@ -420,7 +458,7 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
         example = private.program.example.arguments
-        return _restore, (private.model, example, roles, private.plan.mask, private.plan.start, private.backend)
+        return _restore, (private.model, example, roles, private.plan.source, private.plan.start, private.backend)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, arguments = self.__reduce__()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fxmask.passes.count_macs import count_macs
 from torch import fx
+
+from fxmask.passes.count_macs import count_macs
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from fxmask.passes.count_macs import shape_of
 from fxmask.passes.dataflow import Dataflow
 from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
-from torch import fx
-
 from fxmask.program import Block
 
 aten = torch.ops.aten

@@ -18,7 +18,9 @@ aten = torch.ops.aten
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def combine(call: Callable[..., Any], stored: Sequence[Any], coefficients: Any, offset: int, dtype: torch.dtype) -> Any:
+def combine(
+    call: Callable[..., Any], stored: Sequence[Any], coefficients: Any, offset: int, dtype: torch.dtype, table: torch.dtype
+) -> Any:
     """Emit ``sum(stored[k] * coefficients[offset + k])``.
 
     Args:
@@ -27,13 +29,17 @@ def combine(call: Callable[..., Any], stored: Sequence[Any], coefficients: Any, 
         coefficients: 1-D tensor with the coefficients from ``offset`` on.
         offset: position of the first coefficient.
         dtype: of the stored values.
+        table: type of the coefficients.
     """
     wide = torch.float32 if dtype in LOW_PRECISION else dtype
     total = None
     for k, value in enumerate(stored):
         if wide is not dtype:
             value = call(aten._to_copy.default, value, dtype=wide)
-        term = call(aten.mul.Tensor, value, call(aten.select.int, coefficients, 0, offset + k))
+        coefficient = call(aten.select.int, coefficients, 0, offset + k)
+        if table is not coefficient_dtype(dtype):  # the product of a scalar value would have the coefficient's type
+            coefficient = call(aten._to_copy.default, coefficient, dtype=coefficient_dtype(dtype))
+        term = call(aten.mul.Tensor, value, coefficient)
         total = term if total is None else call(aten.add.Tensor, total, term)
     return total if wide is dtype else call(aten._to_copy.default, total, dtype=dtype)
 

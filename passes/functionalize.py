@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxmask.passes.observer import functional, graph_pass, has_shapes, is_assert, mutates, one_output_tuple
-from fxmask.passes.remove_dead import remove_dead
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxmask.errors import CaptureError
+from fxmask.passes.observer import functional, graph_pass, has_shapes, is_assert, mutates, one_output_tuple
+from fxmask.passes.remove_dead import remove_dead
 
 # Buffers of the output that a functional graph would have to write back.
 _MUTATIONS = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATION: "argument"}

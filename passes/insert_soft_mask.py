@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from torch import fx
 
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.program import Block, Program
 
 aten = torch.ops.aten

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxmask.passes.count_macs import count_macs
-from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from torch import fx
 
 from fxmask.errors import MaskError
 from fxmask.mask import Forecast, Load, Mask, Plan, Slot, StepPlan
+from fxmask.passes.count_macs import count_macs
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.program import Block, Program
 
 
@@ -49,6 +49,7 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     blocks = _listed_blocks(program, mask)
     if not 0 <= start < mask.num_steps:
         raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
+    source = mask
     if start:
         mask = mask.starting_at(start)
     cut = _cut_values(program, blocks)
@@ -61,7 +62,7 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
         for load in rows[step].load:  # type: ignore[union-attr]
             for slot in load.slots:
                 reads[slot.step][slot.block, slot.value] = None
-    return _assemble(program, mask, start, [row or _Row((), (), frozenset(), 0) for row in rows], reads)
+    return _assemble(program, mask, source, start, [row or _Row((), (), frozenset(), 0) for row in rows], reads)
 
 
 class _Row:
@@ -126,7 +127,12 @@ def _live_row(
 
 
 def _assemble(
-    program: Program, mask: Mask, start: int, rows: Sequence[_Row], reads: Sequence[dict[tuple[str, int], None]]
+    program: Program,
+    mask: Mask,
+    source: Mask,
+    start: int,
+    rows: Sequence[_Row],
+    reads: Sequence[dict[tuple[str, int], None]],
 ) -> Plan:
     """Number the graphs, find the last reader of every slot, simulate the cache."""
     emits = _shared_emits(program, start, rows, reads)
@@ -151,7 +157,7 @@ def _assemble(
         graph = graphs.setdefault(_shape(row), len(graphs))
         steps.append(StepPlan(row.compute, row.load, store, emit, drop, graph, row.macs))
     total = sum(count_macs(node) for node in program.graph_module.graph.nodes)
-    return Plan(_rectified(mask, rows, start), tuple(steps), start, total, peak, program.fingerprint)
+    return Plan(_rectified(mask, rows, start), tuple(steps), start, total, peak, program.fingerprint, source)
 
 
 def _shared_emits(

@@ -9,8 +9,9 @@ whole branch that feeds them. The graphs here are functional, so the only impure
 
 from __future__ import annotations
 
-from fxmask.passes.observer import functional, graph_pass, no_dead_code
 from torch import fx
+
+from fxmask.passes.observer import functional, graph_pass, no_dead_code
 
 KEPT = ("placeholder", "output")
 

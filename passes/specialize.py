@@ -11,17 +11,17 @@ tensor alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxmask.passes.forecast import coefficient_dtype, combine
-from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
-from fxmask.passes.remove_dead import remove_dead
 from torch import fx
 
 from fxmask.mask import Load, Plan
+from fxmask.passes.forecast import coefficient_dtype, combine
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
+from fxmask.passes.remove_dead import remove_dead
 from fxmask.program import Program
 
 aten = torch.ops.aten
@@ -139,7 +139,8 @@ def _insert_loads(program: Program, graph: fx.Graph, load: tuple[Load, ...]) -> 
         if x.plain:
             loaded[name] = stored[0]
         else:
-            loaded[name] = combine(call, stored, table, offset, program.node(name).meta["val"].dtype)
+            dtype = program.node(name).meta["val"].dtype
+            loaded[name] = combine(call, stored, table, offset, dtype, _table_dtype(program, forecasts))
             offset += len(x.terms)
     return loaded, [node for nodes in cached for node in nodes], bool(forecasts)
 
@@ -149,10 +150,15 @@ def forecast_coefficients(program: Program, load: tuple[Load, ...]) -> torch.Ten
     forecasts = [x for x in load if not x.plain]
     if not forecasts:
         return None
-    values = [program.node(program.block(x.block).values[x.value]).meta["val"] for x in forecasts]
-    # Multiplying a float32 value by a float64 number rounds the number first, so the finest type serves all of them.
-    dtype = torch.float64 if any(coefficient_dtype(v.dtype) is torch.float64 for v in values) else torch.float32
-    return torch.tensor([c for x in forecasts for _, c in x.terms], dtype=dtype, device=values[0].device)
+    value = program.node(program.block(forecasts[0].block).values[forecasts[0].value]).meta["val"]
+    flat = [c for x in forecasts for _, c in x.terms]
+    return torch.tensor(flat, dtype=_table_dtype(program, forecasts), device=value.device)
+
+
+def _table_dtype(program: Program, forecasts: Sequence[Load]) -> torch.dtype:
+    """The finest type that the coefficients of any of these values need."""
+    types = {coefficient_dtype(program.node(program.block(x.block).values[x.value]).meta["val"].dtype) for x in forecasts}
+    return torch.float64 if torch.float64 in types else torch.float32
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from conftest import TIMESTEPS, TinyTransformer, every_other, make_calls
-from fxmask.backends import inductor
 from torch._inductor.utils import run_and_get_code
 from torch.testing import FileCheck
 
 import fxmask
+from fxmask.backends import inductor
 from fxmask.executor import Executor, GraphStore
 
 pytestmark = pytest.mark.skipif(inductor.cpu_compiler_problem() is not None, reason="no C++ compiler")

@@ -111,9 +111,8 @@ def test_step_weights_are_those_of_the_paper(unet_trajectory):
 
 def test_memory_of_a_soft_step_is_one_step():
     """Caches carry no graph from one step to the next."""
-    from fxmask.passes.insert_soft_mask import insert_soft_mask
-
     from fxmask import learning
+    from fxmask.passes.insert_soft_mask import insert_soft_mask
 
     model = tiny_unet()
     trajectory = fxmask.record(model, ddim(), 3, 2)

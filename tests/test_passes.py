@@ -7,15 +7,15 @@ import operator
 import pytest
 import torch
 from conftest import every_other, make_calls
+from torch import fx
+
+import fxmask
+from fxmask.errors import PassError
 from fxmask.passes.count_macs import count_attention_macs, count_macs
 from fxmask.passes.dataflow import Dataflow
 from fxmask.passes.insert_soft_mask import insert_soft_mask
 from fxmask.passes.remove_dead import remove_dead
 from fxmask.passes.specialize import specialize
-from torch import fx
-
-import fxmask
-from fxmask.errors import PassError
 
 aten = torch.ops.aten
 

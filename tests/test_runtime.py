@@ -111,6 +111,18 @@ def test_two_generations_interleaved_in_one_thread(tiny):
     assert all(same(g, expect(tiny, c)) for g, c in zip(got, calls, strict=True))
 
 
+@pytest.mark.parametrize("timesteps", [TIMESTEPS, (900.0, 700.0, 700.0, 500.0, 500.0)])
+def test_lanes_that_nothing_tells_apart_in_a_marked_generation(tiny, timesteps):
+    """Two calls per step without conditioning: each has caches of its own, by turns."""
+    accelerated = accelerate(tiny, timesteps)
+    steps = list(zip(make_calls(seed=0, timesteps=timesteps), make_calls(seed=1, timesteps=timesteps), strict=True))
+    expected = fxmask.reference.run(tiny, every_other(tiny, timesteps), steps)
+    for _ in range(2):
+        with accelerated.generation():
+            got = [accelerated(**call) for step in steps for call in step]
+        assert same(got, [x for step in expected for x in step])
+
+
 def test_unmarked_interleaving_is_never_stale(tiny):
     """Two runs that nothing tells apart, step by step: every call runs in full."""
     accelerated = accelerate(tiny)
@@ -243,6 +255,8 @@ def test_replaced_module_is_captured_again():
     program = fxmask.capture(model, make_calls()[0])
     accelerated, calls = accelerate(program), make_calls()
     [accelerated(**call) for call in calls]
+    for call in calls[:2]:
+        accelerated(**call)  # a run that is abandoned must not hide the change
     model.layers[0].mlp[0] = Adapter(model.layers[0].mlp[0])
     got = [accelerated(**call) for call in calls]
     assert torch.equal(got[0], model(**calls[0]))
