@@ -32,7 +32,7 @@ class _Base:
     @classmethod
     def of(cls, timestep: torch.Tensor) -> _Base:
         """Everything in the memory that ``timestep`` is a part of. Waits for the device."""
-        whole = timestep.new_empty(0).set_(timestep.untyped_storage())  # type: ignore[call-overload]
+        whole = timestep.new_empty(0).set_(timestep.untyped_storage())
         return cls(timestep, version_of(timestep), whole.tolist())
 
     def holds(self, timestep: torch.Tensor) -> bool:
@@ -99,7 +99,7 @@ class Clock:
         if timestep.is_cuda:
             copy = torch.empty(1, dtype=timestep.dtype, pin_memory=True)
             copy.copy_(single, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(timestep.device))
         else:
             copy = single.to("cpu", non_blocking=False)

@@ -134,9 +134,9 @@ def _difference(program: Program, mask: Mask, calls: Calls, run: Runner, toleran
         return 0, float("inf")
     for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         for a, b in zip(ours, theirs, strict=True):
-            error = float((a.double() - b.double()).abs().nan_to_num(float("inf")).max()) if a.numel() else 0.0
-            if error > tolerance and not torch.equal(a, b):
-                return step, error
+            difference = float((a.double() - b.double()).abs().nan_to_num(float("inf")).max()) if a.numel() else 0.0
+            if difference > tolerance and not torch.equal(a, b):
+                return step, difference
     return None
 
 

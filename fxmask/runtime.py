@@ -8,6 +8,7 @@ Anything else runs every block and drops what was cached.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import copy
@@ -168,7 +169,7 @@ class Generation:
             position = lane.position if lane.position is not None else (0 if not lane.cache else None)
             return lane, position if self._explicit and position is not None and position < mask.num_steps else None
         timestep = bound.timestep
-        rounding = TIMESTEP_ROUNDING.get(getattr(timestep, "dtype", None), 1e-6)
+        rounding = TIMESTEP_ROUNDING.get(timestep.dtype, 1e-6) if isinstance(timestep, torch.Tensor) else 1e-6
         value = None if timestep is None else self._read_timestep(lane, timestep, rounding)
         matches = [] if value is None else [i for i, t in enumerate(mask.timesteps) if _close(t, value, rounding)]
         if not matches:
@@ -266,7 +267,7 @@ class _Private:
     weights: tuple[Any, ...]
     # The marked generation, and one that is inferred where none is marked.
     current: contextvars.ContextVar[Generation | None]
-    inferred: contextvars.ContextVar[Generation | None]
+    inferred: contextvars.ContextVar[tuple[Any, Generation] | None]
     lock: Any = field(default_factory=threading.RLock)
     refused: set[tuple[Any, ...]] = field(default_factory=set)
     warned: set[Any] = field(default_factory=set)
@@ -382,10 +383,10 @@ class AcceleratedModel(torch.nn.Module):
         marked = self._fxmask.current.get()
         if marked is not None:
             return marked
-        inferred = self._fxmask.inferred.get()
-        if inferred is None:
+        owner, inferred = self._fxmask.inferred.get() or (None, None)
+        if inferred is None or owner != _who():  # a copied context is another run's
             inferred = Generation(self, explicit=False)
-            self._fxmask.inferred.set(inferred)
+            self._fxmask.inferred.set((_who(), inferred))
         elif inferred.calls >= max(2, self.mask.num_steps):
             inferred._warn_if_useless()
             inferred.calls = inferred.matched = 0
@@ -471,6 +472,15 @@ def _restore(
     """Capture and plan again, after unpickling or a deep copy."""
     program = capture(model, example, {name.split(".")[0]: role for name, role in roles.items()})
     return AcceleratedModel(program, rectify(program, mask, start), backend)
+
+
+def _who() -> tuple[int, int | None]:
+    """The thread and the asyncio task that call. Servers copy contexts into worker threads, and tasks inherit them."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop
+        task = None
+    return threading.get_ident(), None if task is None else id(task)
 
 
 def _weights_of(model: torch.nn.Module) -> tuple[Any, ...]:

@@ -96,10 +96,7 @@ def export_symbolic(
         return None
     # A size of 1 would be taken for broadcasting, so it cannot stand for others.
     example = [b if all(n > 1 or m == 1 for n, m in zip(b.shape, a.shape, strict=True)) else a for a, b in pairs]
-    dynamic = tuple(
-        {d: torch.export.Dim.AUTO for d in range(a.dim()) if a.shape[d] != b.shape[d]}
-        for a, b in pairs  # type: ignore[attr-defined]
-    )
+    dynamic = tuple({d: torch.export.Dim.AUTO for d in range(a.dim()) if a.shape[d] != b.shape[d]} for a, b in pairs)
     exported = torch.export.export(wrapper, tuple(example), dynamic_shapes=(dynamic,), strict=False)
     module = functionalize(exported)
     placeholders = module.graph.find_nodes(op="placeholder")

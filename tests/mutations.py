@@ -143,6 +143,13 @@ MUTATIONS = [
         "            if False:",
     ),
     Mutation("runtime: abandoned lanes are kept", "runtime.py", "x.cache and self._count - x.seen <= IDLE_CALLS", "True"),
+    Mutation("runtime: a copied context is the same run", "runtime.py", "or owner != _who():", "or False:"),
+    Mutation(
+        "runtime: calls by turns share one lane",
+        "runtime.py",
+        "        if all(lane.latest in matches and lane.position is not None for lane in waiting):\n",
+        "        if False:\n",
+    ),
 ]
 
 

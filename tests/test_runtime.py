@@ -161,6 +161,50 @@ def test_two_threads(tiny):
     assert failures == []
 
 
+@pytest.mark.parametrize("kind", ["threads", "tasks"])
+def test_a_copied_context_is_another_run(tiny, kind):
+    """Web servers copy contexts into worker threads, and asyncio tasks inherit them."""
+    import asyncio
+    import contextvars
+
+    accelerated = accelerate(tiny)
+    accelerated(**make_calls()[0])  # a run is under way in the context that is copied
+    calls = [make_calls(seed=seed) for seed in (0, 1)]
+    got: list[list[torch.Tensor]] = [[], []]
+    order = [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3), (1, 2), (0, 4), (1, 3), (1, 4)]
+
+    if kind == "threads":
+        from concurrent.futures import ThreadPoolExecutor
+
+        pools = [ThreadPoolExecutor(1) for _ in calls]
+        contexts = [contextvars.copy_context() for _ in calls]
+        for run, step in order:
+            got[run].append(pools[run].submit(contexts[run].run, lambda c: accelerated(**c), calls[run][step]).result())
+        for pool in pools:
+            pool.shutdown()
+    else:
+
+        async def work(run: int, turns: asyncio.Queue[int], done: asyncio.Event) -> None:
+            for call in calls[run]:
+                await turns.get()
+                got[run].append(accelerated(**call))
+                done.set()
+
+        async def serve() -> None:
+            queues: list[asyncio.Queue[int]] = [asyncio.Queue() for _ in calls]
+            done = asyncio.Event()
+            tasks = [asyncio.create_task(work(run, queues[run], done)) for run in range(2)]
+            for run, step in order:
+                done.clear()
+                queues[run].put_nowait(step)
+                await done.wait()
+            await asyncio.gather(*tasks)
+
+        asyncio.run(serve())
+    for ours, theirs in zip(got, calls, strict=True):
+        assert same(ours, expect(tiny, theirs))
+
+
 def test_an_exception_inside_a_step(tiny):
     accelerated, calls = accelerate(tiny), make_calls()
     for call in calls[:2]:
