@@ -283,19 +283,19 @@ def recapture(program: Program, bound: BoundCall) -> Program:
     """
     roles = {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
     with _quiet(), torch.no_grad():
-        fresh = _from_symbolic(program, bound, roles)
-    fresh = fresh or capture_bound(program.model, program.signature, bound, roles)
-    old, new = list(program.graph_module.graph.nodes), list(fresh.graph_module.graph.nodes)
-    if [(n.op, str(n.target)) for n in old if n.op == "call_function"] == [
-        (n.op, str(n.target)) for n in new if n.op == "call_function"
-    ]:
-        twins = dict(
-            zip(
-                (n.name for n in old if n.op == "call_function"),
-                (n.name for n in new if n.op == "call_function"),
-                strict=True,
-            )
-        )
+        symbolic = _from_symbolic(program, bound, roles)
+    if symbolic is not None:
+        with contextlib.suppress(CaptureError):  # symbolic sizes can lead through other operators
+            return _carry_blocks(program, symbolic)
+    return _carry_blocks(program, capture_bound(program.model, program.signature, bound, roles))
+
+
+def _carry_blocks(program: Program, fresh: Program) -> Program:
+    """A new capture with the blocks of an old one."""
+    old = [node for node in program.graph_module.graph.nodes if node.op == "call_function"]
+    new = [node for node in fresh.graph_module.graph.nodes if node.op == "call_function"]
+    if [str(node.target) for node in old] == [str(node.target) for node in new]:
+        twins = {a.name: b.name for a, b in zip(old, new, strict=True)}
         values = {block.name: tuple(twins[v] for v in block.values) for block in program.blocks}
         blocks = describe_blocks(fresh.graph_module.graph, program.blocks, values, fresh.batch_size)
     else:

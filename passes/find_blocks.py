@@ -216,12 +216,12 @@ def _name(kind: str, region: Sequence[fx.Node], flow: Dataflow, weights: Mapping
         return "output"
     if kind == "stage":
         path = _module_path(region[-1])
-        return f"{path}:stage" if path else f"{region[-1].name}:stage"
+        return f"{path}:stage" if path else "stage"
     owned = _macs_by_module(region, flow)
     macs = sum(flow.macs[node] for node in region)
     owners = sorted((p for p, m in owned.items() if m >= NAME_SHARE * macs), key=lambda path: path.count("."))
     if not owners:
-        return region[-1].name
+        return _module_path(region[-1]) or "branch"
     name = next((path for path in owners if owned[path] >= NAME_SHARE * weights[path]), owners[-1])
     # `resnets` is only a list; its one element is what a person would name
     return next((path for path in owners if path.startswith(f"{name}.") and path[len(name) + 1 :].isdigit()), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TIMESTEPS, TinyTransformer, ddim, every_other, make_calls, tiny_unet
+from conftest import TIMESTEPS, TinyTransformer, ddim, every_other, labels, make_calls, tiny_dit, tiny_unet
 
 import fxmask
 from fxmask import tracing
@@ -70,6 +70,26 @@ def test_unet_batches_and_resolutions(exports):
         expected = fxmask.reference.run(program, mask, calls)
         for call, value in zip(calls, expected, strict=True):
             assert torch.equal(accelerated(**call).sample, value.sample), shape
+
+
+def test_blocks_are_carried_over_where_symbolic_sizes_change_the_graph():
+    """A DiT exports other operators with symbolic sizes; its mask must fit all the same."""
+    model = tiny_dit()
+    generator = torch.Generator().manual_seed(0)
+    trajectory = fxmask.record(model, ddim(), 4, 2, labels(2, generator))
+    accelerated = accelerate(fxmask.capture(model, trajectory.calls[0][0]), trajectory.timesteps)
+    for batch in (4, 5):
+        calls = [
+            {**call, "hidden_states": torch.randn(batch, 1, 8, 8), **labels(batch, generator)} for (call,) in trajectory.calls
+        ]
+        calls = [
+            {**call, "class_labels": calls[0]["class_labels"], "timestep": call["timestep"][:1].expand(batch)} for call in calls
+        ]
+        program = fxmask.capture(model, calls[0])
+        mask = fxmask.policies.interval(2)(program, trajectory.timesteps)
+        expected = fxmask.reference.run(program, mask, calls)
+        for call, value in zip(calls, expected, strict=True):
+            assert torch.equal(accelerated(**call).sample, value.sample)
 
 
 def test_a_wrong_symbolic_capture_is_refused(monkeypatch):
