@@ -6,6 +6,7 @@ removed, nothing is shared. Every other form of a program is tested against this
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
         if node.op == "placeholder":
             values[node] = next(arguments)
         elif node.op == "get_attr":
-            values[node] = _attribute(program.graph_module, str(node.target))
+            values[node] = operator.attrgetter(str(node.target))(program.graph_module)
         elif node.op == "output":
             tensors = fx.map_arg(node.args[0], lambda n: values[n])
             return program.outputs(tensors, dict(bound.static).get("return_dict"))
@@ -89,10 +90,3 @@ def _cached(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Te
     coefficients = torch.tensor([c for _, c in terms], dtype=table, device=stored[0].device)
     result: torch.Tensor = combine(lambda op, *a, **k: op(*a, **k), stored, coefficients, 0, dtype, table)
     return result
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

@@ -8,6 +8,7 @@ symbolic (a branch on the batch size, an attention mask of fixed size) is not co
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class SymbolicGraph:
                 if node.op == "placeholder":
                     values[node] = mode.from_tensor(next(inputs), static_shapes=True)
                 elif node.op == "get_attr":
-                    values[node] = mode.from_tensor(_attribute(self.module, str(node.target)), static_shapes=True)
+                    values[node] = mode.from_tensor(operator.attrgetter(str(node.target))(self.module), static_shapes=True)
                 elif node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
                     values[node] = node.target(*args, **kwargs)
@@ -119,10 +120,3 @@ def _range(size: Any, constraints: Any) -> tuple[int, float]:
 def _static_key(bound: BoundCall) -> Any:
     shapes, static = bound.key
     return tuple((name, dtype, device) for name, _, dtype, device in shapes), static
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

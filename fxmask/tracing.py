@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -211,7 +212,9 @@ def _assemble(
     sample = placeholders[inputs.index(signature.sample)]
     batch = int(bound.tensors[signature.sample].shape[0])
     blocks = find_blocks(module.graph, sample, batch)
-    weights = {str(node.target): _attribute(module, str(node.target)) for node in module.graph.nodes if node.op == "get_attr"}
+    weights = {
+        str(node.target): operator.attrgetter(str(node.target))(module) for node in module.graph.nodes if node.op == "get_attr"
+    }
     return Program(
         graph_module=module,
         inputs=inputs,
@@ -228,13 +231,6 @@ def _assemble(
         fingerprint=_fingerprint(module, blocks),
         weights=weights,
     )
-
-
-def _attribute(module: torch.nn.Module, target: str) -> Any:
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _role(name: str, signature: Signature, roles: Mapping[str, str]) -> str:

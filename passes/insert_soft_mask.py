@@ -8,6 +8,7 @@ At ``s = 1`` and ``s = 0`` the soft graph equals the hard one bit for bit (for f
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,17 +76,9 @@ def insert_soft_mask(program: Program, blocks: Sequence[Block]) -> SoftGraph:
     results = [copies[n] for n in output.args[0]]
     graph.output((*results, *(blended[name] for _, name in order)))
     weights = {
-        str(node.target): _attribute(program.graph_module, str(node.target)).detach()
+        str(node.target): operator.attrgetter(str(node.target))(program.graph_module).detach()
         for node in graph.nodes
         if node.op == "get_attr"
     }
     module = fx.GraphModule(weights, graph, class_name="SoftGraph")
     return SoftGraph(module, tuple(blocks), tuple(order), len(results))
-
-
-def _attribute(module: torch.nn.Module, target: str) -> torch.Tensor:
-    value: object = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, torch.Tensor)
-    return value
