@@ -327,6 +327,14 @@ def test_outputs_and_caches_do_not_alias(tiny):
     assert same(got, expected)
 
 
+def test_a_new_run_holds_nothing_of_the_abandoned_one(tiny):
+    accelerated, calls = accelerate(tiny), make_calls()
+    with accelerated.generation() as run:
+        accelerated(**calls[0])
+        accelerated(**calls[2])
+        assert {slot.step for lane in run._lanes for slot in lane.cache} == {2}
+
+
 def test_cache_holds_what_the_plan_says(tiny):
     accelerated, calls = accelerate(tiny), make_calls()
     peak = 0
