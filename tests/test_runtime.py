@@ -333,6 +333,7 @@ def test_a_new_run_holds_nothing_of_the_abandoned_one(tiny):
         accelerated(**calls[0])
         accelerated(**calls[2])
         assert {slot.step for lane in run._lanes for slot in lane.cache} == {2}
+        accelerated(**calls[3])
 
 
 def test_cache_holds_what_the_plan_says(tiny):
