@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["test_mask.py", "test_passes.py", "test_runtime.py", "test_peer_bugs.py", "test_capture.py", "test_properties.py"]
+QUICK = ["test_mask.py", "test_capture.py", "test_passes.py", "test_runtime.py", "test_peer_bugs.py", "test_properties.py"]
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,16 @@ def test_failing_step_leaves_no_trace(tiny, monkeypatch):
         # step 3 loads; retried, its caches are no longer trusted, so it computes
         assert torch.equal(accelerated(**calls[3]), tiny.model(**calls[3]))
         assert run.calls == 5
+    with accelerated.generation():
+        for call in calls[:2]:
+            accelerated(**call)
+        monkeypatch.setattr(executor, "run_step", lambda *a: (_ for _ in ()).throw(RuntimeError("boom")))
+        with pytest.raises(RuntimeError, match="boom"):
+            accelerated(**calls[2])
+        monkeypatch.undo()
+        # step 3 would load what the failed step did not store
+        assert torch.equal(accelerated(**calls[3]), tiny.model(**calls[3]))
+        accelerated(**calls[4])
 
 
 def test_batch_size_changes_between_runs(tiny):
