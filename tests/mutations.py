@@ -99,7 +99,6 @@ MUTATIONS = [
         "    exported = exported.run_decompositions({})\n",
         "",
     ),
-    Mutation("functionalise: asserts stay", "passes/functionalize.py", "        if is_assert(node):\n", "        if False:\n"),
     Mutation(
         "functionalise: wrapped regions stay",
         "passes/functionalize.py",
