@@ -9,13 +9,13 @@ Anything else runs every block and drops what was cached.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import copy
+import itertools
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -485,14 +485,8 @@ def _who() -> tuple[int, int | None]:
 
 def _weights_of(model: torch.nn.Module) -> tuple[Any, ...]:
     """Identity, type and place of every parameter and buffer: what a captured graph relies on."""
-    with contextlib.suppress(StopIteration):
-        return tuple((id(x), x.dtype, x.device) for x in _tensors_of(model))
-    return ()
-
-
-def _tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return tuple((id(x), x.dtype, x.device) for x in tensors)
 
 
 def _detached(bound: BoundCall) -> BoundCall:

@@ -7,7 +7,6 @@ symbolic (a branch on the batch size, an attention mask of fixed size) is not co
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,6 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxmask.calls import BoundCall
-
-logger = logging.getLogger(__name__)
-
-Sizes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxmask.errors import CaptureError
-from fxmask.passes.observer import functional, graph_pass, has_shapes, is_assert, mutates, one_output_tuple
+from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.passes.remove_dead import remove_dead
 
 # Buffers of the output that a functional graph would have to write back.
@@ -47,13 +47,7 @@ def functionalize(exported: torch.export.ExportedProgram, model: torch.nn.Module
     result = fx.GraphModule(attributes, graph, class_name="Program")
     while _inline_wrapped(result):
         pass
-    for node in list(graph.nodes):
-        if is_assert(node):
-            graph.erase_node(node)
-    remove_dead(graph)
-    impure = [node for node in graph.nodes if node.op == "call_function" and mutates(node)]
-    if impure:
-        raise CaptureError(f"in-place operators are left after functionalisation: {impure[0].format_node()}")
+    remove_dead(graph)  # asserts are dead code too
     graph.lint()
     result.recompile()
     return result
