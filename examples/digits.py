@@ -1,7 +1,10 @@
-"""Shared helpers of the example scripts: the digits data, the shipped checkpoints and a small classifier."""
+"""Shared helpers of the example scripts: the digits data and their captions, the shipped checkpoints, a small classifier."""
 
+import importlib
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -14,6 +17,18 @@ CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 IMAGE_SIZE = 16
 NUM_CLASSES = 10
 NULL_CLASS = 1000  # The index that diffusers' DiTPipeline hard-codes for "no class".
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTION_FORMS = (
+    "{}",
+    "a {}",
+    "the digit {}",
+    "the number {}",
+    "a handwritten {}",
+    "a picture of a {}",
+    "a drawing of the number {}",
+)
+SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unknown>")  # Their places are their token numbers.
+CAPTION_TOKENS = 8  # Room for the longest caption between its start and its end.
 
 
 class DigitClassifier(nn.Module):
@@ -54,19 +69,90 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return images.clamp(0, 1) * 2 - 1, torch.from_numpy(data.target).long()
 
 
+def captions_of(digit: int) -> list[str]:
+    """Returns every caption that the text-conditional models were trained on for one digit, with words before figures."""
+    return [form.format(name) for name in (DIGIT_WORDS[digit], str(digit)) for form in CAPTION_FORMS]
+
+
+@cache
+def caption_tokenizer() -> Any:
+    """Builds the tokenizer of the captions: one token per word, no file and no hub.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`, which the diffusers pipelines take in place of CLIP's or T5's.
+    """
+    # Imported here because only the text-conditional models need them.
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for digit in range(NUM_CLASSES) for caption in captions_of(digit) for word in caption.split()})
+    pad, start, end, unknown = SPECIAL_TOKENS
+    numbers = {word: number for number, word in enumerate((*SPECIAL_TOKENS, *words))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=unknown))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(token, numbers[token]) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=start,
+        eos_token=end,
+        unk_token=unknown,
+        model_max_length=CAPTION_TOKENS,
+    )
+
+
+def tokenize_captions(captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Returns the token numbers and the mask of captions, int64 [N, 8] each; the mask is 0 on padding."""
+    batch = caption_tokenizer()(captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt")
+    return batch.input_ids, batch.attention_mask
+
+
+def encode_tokens(encoder: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Makes a denoiser's conditioning of tokens, in the form in which the encoder's pipeline passes it.
+
+    Args:
+        encoder: A `CLIPTextModel` or a `T5EncoderModel`.
+        tokens: Token numbers [B, 8].
+        mask: 1 on words, 0 on padding, [B, 8].
+
+    Returns:
+        Arguments of the denoiser: `encoder_hidden_states` [B, 8, 64]; after a T5 also `encoder_attention_mask` [B, 8]
+        and the empty `added_cond_kwargs`.
+    """
+    if type(encoder).__name__ == "CLIPTextModel":
+        return {"encoder_hidden_states": encoder(tokens)[0]}  # Like Stable Diffusion, without a mask.
+    return {
+        "encoder_hidden_states": encoder(tokens, attention_mask=mask)[0],
+        "encoder_attention_mask": mask,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def encode_captions(encoder: nn.Module, captions: list[str]) -> dict[str, Any]:
+    """Makes a denoiser's conditioning of captions; see `encode_tokens`."""
+    return encode_tokens(encoder, *tokenize_captions(captions))
+
+
 def build_model(config: dict) -> nn.Module:
     """Builds the (randomly initialised) model that a shipped `config.json` describes."""
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    if config["_class_name"] == DigitClassifier.__name__:
+    name = config["_class_name"]
+    if name == DigitClassifier.__name__:
         return DigitClassifier(**arguments)
-    return getattr(diffusers, config["_class_name"])(**arguments)
+    if hasattr(diffusers, name):
+        return getattr(diffusers, name)(**arguments)
+    kind = getattr(importlib.import_module("transformers"), name)
+    return kind(kind.config_class(**arguments))
 
 
 def load_model(name: str, root: Path = CHECKPOINTS) -> nn.Module:
     """Loads a shipped model, cast from half precision to float32, in evaluation mode.
 
     Args:
-        name: Folder of the checkpoint: `ddpm`, `dit` or `classifier`.
+        name: Folder of the checkpoint: `ddpm`, `dit`, `ldm`, `pixart` (the denoisers), `ldm/text_encoder`,
+            `pixart/text_encoder`, `autoencoder` or `classifier`.
         root: Folder that holds the checkpoints.
 
     Returns:
@@ -100,9 +186,70 @@ def save_model(name: str, config: dict, weights: dict[str, Tensor], root: Path =
     return folder
 
 
-def load_scheduler(kind: str = "DDIMScheduler", root: Path = CHECKPOINTS) -> diffusers.SchedulerMixin:
-    """Loads the shipped noise schedule into the diffusers scheduler class called `kind`."""
-    return getattr(diffusers, kind).from_pretrained(root / "scheduler")
+def load_scheduler(
+    kind: str = "DDIMScheduler", root: Path = CHECKPOINTS, folder: str = "scheduler"
+) -> diffusers.SchedulerMixin:
+    """Loads the shipped noise schedule into the diffusers scheduler class called `kind`.
+
+    Args:
+        kind: Name of the class.
+        root: Folder that holds the checkpoints.
+        folder: `scheduler` for models of pixels; `latent_scheduler`, which clips nothing, for models of latents.
+
+    Returns:
+        The scheduler.
+    """
+    return getattr(diffusers, kind).from_pretrained(root / folder)
+
+
+def load_pipeline(name: str, root: Path = CHECKPOINTS) -> diffusers.DiffusionPipeline:
+    """Builds the diffusers pipeline of a shipped text-conditional model, without a hub.
+
+    Args:
+        name: `ldm` for a `StableDiffusionPipeline`, `pixart` for a `PixArtAlphaPipeline`.
+        root: Folder that holds the checkpoints.
+
+    Returns:
+        The pipeline, on the CPU.
+    """
+    parts = {
+        "vae": load_model("autoencoder", root),
+        "text_encoder": load_model(f"{name}/text_encoder", root),
+        "tokenizer": caption_tokenizer(),
+        "scheduler": load_scheduler(root=root, folder="latent_scheduler"),
+    }
+    denoiser = load_model(name, root)
+    if name == "pixart":
+        return diffusers.PixArtAlphaPipeline(transformer=denoiser, **parts)
+    return diffusers.StableDiffusionPipeline(
+        unet=denoiser, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+    )
+
+
+def draw_captions(
+    pipeline: diffusers.DiffusionPipeline,
+    captions: list[str],
+    steps: int = 50,
+    guidance: float = 2.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws one image for each caption with classifier-free guidance.
+
+    Args:
+        pipeline: From `load_pipeline`.
+        captions: N captions.
+        steps: Sampling steps.
+        guidance: Scale of the guidance; 1 is none.
+        generator: Draws the start noise.
+
+    Returns:
+        Images [N, 1, 16, 16] in [-1, 1].
+    """
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator, "output_type": "pt"}
+    if isinstance(pipeline, diffusers.PixArtAlphaPipeline):
+        # Its bins are of sizes from 256 pixels up, and its captions up to 120 tokens long.
+        options |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": CAPTION_TOKENS}
+    return pipeline(captions, **options).images * 2 - 1
 
 
 def load_classifier(root: Path = CHECKPOINTS) -> DigitClassifier:

@@ -16,11 +16,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 digits = pytest.importorskip("digits")
 
+PIXELS = ["ddpm", "dit", "classifier", "autoencoder"]
+TEXT = ["ldm", "pixart"]
 
-@pytest.mark.parametrize("name", ["ddpm", "dit", "classifier"])
+
+@pytest.mark.parametrize("name", [*PIXELS, *TEXT, *(f"{name}/text_encoder" for name in TEXT)])
 def test_checkpoints_are_small_and_in_half_precision(name):
     from safetensors.torch import load_file
 
+    if "text_encoder" in name:
+        pytest.importorskip("transformers")
     path = EXAMPLES / "checkpoints" / name / "model.safetensors"
     assert path.stat().st_size < 10 * 2**20
     assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
@@ -47,8 +52,86 @@ def test_dit_follows_its_labels():
     assert float((predicted == labels).float().mean()) >= 0.75
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dit"])
+def test_autoencoder_reconstructs_and_its_latents_have_unit_variance():
+    autoencoder = digits.load_model("autoencoder")
+    images = digits.load_digits()[0][:200]
+    latents = autoencoder.encode(images).latent_dist.mean
+    scaled = latents * autoencoder.config.scaling_factor
+    assert latents.shape[1:] == (4, 8, 8)
+    assert abs(float(scaled.mean())) < 0.1
+    assert abs(float(scaled.std()) - 1) < 0.1
+    error = (autoencoder.decode(latents).sample - images).square().mean()
+    assert float(10 * torch.log10(4 / error)) > 30
+
+
+def test_latents_are_not_clipped():
+    config = digits.load_scheduler(folder="latent_scheduler").config
+    assert not config.clip_sample
+    assert config.beta_schedule == digits.load_scheduler().config.beta_schedule
+
+
+def test_captions_become_one_token_per_word():
+    pytest.importorskip("transformers")
+    captions = [caption for digit in range(digits.NUM_CLASSES) for caption in digits.captions_of(digit)]
+    tokens, mask = digits.tokenize_captions([*captions, "", "a handwritten elephant"])
+    assert tokens.shape == mask.shape == (len(captions) + 2, digits.CAPTION_TOKENS)
+    pad, start, end, unknown = range(len(digits.SPECIAL_TOKENS))
+    assert torch.equal(mask == 0, tokens == pad)
+    assert (tokens[:, 0] == start).all()
+    assert ((tokens == end).sum(1) == 1).all()  # Nothing was cut off.
+    assert ((tokens == unknown).sum(1) == torch.tensor([0] * (len(captions) + 1) + [1])).all()
+    assert mask.sum(1).tolist() == [len(caption.split()) + 2 for caption in [*captions, "", "a handwritten elephant"]]
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_pipelines_run_without_a_hub(name, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+
+    def refuse(*_):
+        raise AssertionError("no network, please")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    pipeline = digits.load_pipeline(name)
+    captions = ["the digit 7", "a handwritten three"]
+    images = digits.draw_captions(pipeline, captions, steps=4, generator=torch.Generator().manual_seed(0))
+    assert images.shape == (2, 1, 16, 16)
+    assert images.isfinite().all()
+    pipeline.save_pretrained(tmp_path)
+    again = type(pipeline).from_pretrained(tmp_path)
+    loaded = digits.draw_captions(again, captions, steps=4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded, images)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_models_follow_their_captions(name):
+    """As above: a few samples of 20 steps must not be far from the 1,000 of 50 steps that `train.py evaluate` draws."""
+    pytest.importorskip("transformers")
+    labels = torch.arange(20) % 10
+    captions = [digits.captions_of(label)[place % 14] for place, label in enumerate(labels.tolist())]
+    images = digits.draw_captions(digits.load_pipeline(name), captions, steps=20, generator=torch.Generator().manual_seed(0))
+    predicted = digits.load_classifier()(images).argmax(dim=1)
+    assert float((predicted == labels).float().mean()) >= 0.75
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_conditioning_is_what_the_pipeline_passes(name):
+    """So that what `encode_captions` returns can stand for a call of the pipeline's own."""
+    pytest.importorskip("transformers")
+    pipeline = digits.load_pipeline(name)
+    denoiser = pipeline.unet if name == "ldm" else pipeline.transformer
+    calls = []
+    denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    digits.draw_captions(pipeline, ["the digit 7"], steps=1, guidance=1.0)
+    expected = digits.encode_captions(pipeline.text_encoder, ["the digit 7"])
+    given = {key: value for key, value in calls[0].items() if value is not None and key not in ("timestep", "return_dict")}
+    assert given.pop("added_cond_kwargs", None) == expected.pop("added_cond_kwargs", None)
+    torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dit", *TEXT])
 def test_example(name, tmp_path):
+    if name in TEXT:
+        pytest.importorskip("transformers")
     picture = tmp_path / "out.png"
     options = ["--steps", "4", "--speedup", "1.4", "--batches", "1", "--repeats", "1", "--backend", "eager"]
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *options, "--output", str(picture)]
