@@ -11,6 +11,7 @@ module is the only place that knows how one becomes the other:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fxmask.errors import CaptureError, InputError
 # Parameter names that denoisers use for these roles. Position decides where no name matches.
 SAMPLE_NAMES = ("sample", "hidden_states", "x", "latents", "noisy_latents", "x_t", "z_t", "img", "image")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level", "ts")
+CONDITIONING_WORDS = ("hidden_states", "embed", "emb", "mask", "text", "context", "cond", "label", "class", "prompt", "image")
 RETURN_DICT = "return_dict"
 
 
@@ -38,6 +40,25 @@ def leaf_name(path: tuple[Any, ...]) -> str:
         else:
             parts.append(str(entry))
     return ".".join(parts)
+
+
+class FixedTensor:
+    """A tensor argument whose values a graph is specialised to; equal to another one if every value is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
+        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+        self._key = (digest, tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FixedTensor) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"FixedTensor{self._key}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,7 @@ class BoundCall:
 
     def rebuild(self, tensors: Sequence[torch.Tensor], **replaced: Any) -> dict[str, Any]:
         """Arguments by parameter name with other tensors in the tensor leaves."""
-        values = dict(self.static)
+        values = {name: value.tensor if isinstance(value, FixedTensor) else value for name, value in self.static}
         values.update(zip(self.tensors, tensors, strict=True))
         arguments = pytree.tree_unflatten([values[name] for name in self.layout], self.spec)
         arguments.update(replaced)
@@ -89,12 +110,15 @@ class Signature:
         sample: name of the parameter that holds the noisy sample.
         timestep: name of the parameter that holds the timestep; ``None`` if the model takes none.
         batched_timestep: whether the graph takes one timestep per sample (``[B]``) rather than a single one (``[]``).
+        fixed: leaf names of tensors whose values a graph is specialised to, like numbers and strings; for masks and
+            lengths that decide sizes.
     """
 
     parameters: inspect.Signature
     sample: str
     timestep: str | None
     batched_timestep: bool = True
+    fixed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: torch.nn.Module, roles: Mapping[str, str] | None = None) -> Signature:
@@ -129,7 +153,8 @@ class Signature:
         if timestep is None and len(named) > 1:
             second = named[1] if named[0] == sample else named[0]
             optional = parameters.parameters[second].default is not inspect.Parameter.empty
-            timestep = None if second in given or optional else second
+            conditioning = second in given or any(word in second for word in CONDITIONING_WORDS)
+            timestep = None if conditioning or optional else second
         return cls(parameters, sample, timestep)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall:
@@ -153,10 +178,19 @@ class Signature:
         given = arguments.get(self.timestep) if self.timestep is not None else None
         if self.timestep is not None:
             arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), sample)
-        leaves, spec = pytree.tree_flatten_with_path(arguments)
+        pairs, spec = pytree.tree_flatten_with_path(arguments)
+        leaves = [(path, self._canonical_leaf(leaf_name(path), leaf)) for path, leaf in pairs]
         tensors = {leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
         static = tuple((leaf_name(path), leaf) for path, leaf in leaves if not isinstance(leaf, torch.Tensor))
         return BoundCall(tensors, static, arguments, spec, tuple(leaf_name(path) for path, _ in leaves), given)
+
+    def _canonical_leaf(self, name: str, leaf: Any) -> Any:
+        """Values where a graph is specialised to them; else memory in one order, which a graph is specialised to."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if name in self.fixed:
+            return FixedTensor(leaf)
+        return leaf if leaf.dim() < 2 else leaf.contiguous()
 
     def _canonical_timestep(self, timestep: Any, sample: torch.Tensor) -> Any:
         if isinstance(timestep, bool) or not isinstance(timestep, (int, float, torch.Tensor)):

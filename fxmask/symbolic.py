@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxmask.calls import BoundCall
+from fxmask.ladder import distinct
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def export_symbolic(
     # A size of 1 would be taken for broadcasting, so it cannot stand for others.
     example = [b if all(n > 1 or m == 1 for n, m in zip(b.shape, a.shape, strict=True)) else a for a, b in pairs]
     dynamic = tuple({d: torch.export.Dim.AUTO for d in range(a.dim()) if a.shape[d] != b.shape[d]} for a, b in pairs)
-    exported = torch.export.export(wrapper, tuple(example), dynamic_shapes=(dynamic,), strict=False)
+    exported = torch.export.export(wrapper, distinct(example), dynamic_shapes=(dynamic,), strict=False)
     module = functionalize(exported)
     placeholders = module.graph.find_nodes(op="placeholder")
     ranges = {

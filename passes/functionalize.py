@@ -9,6 +9,8 @@ regions (autocast, no_grad) are inlined, asserts and dead code go.
 
 from __future__ import annotations
 
+import keyword
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,13 +26,16 @@ _MUTATIONS = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATI
 
 
 @graph_pass(ensures=(functional, has_shapes, one_output_tuple))
-def functionalize(exported: torch.export.ExportedProgram, model: torch.nn.Module, prefix: str) -> fx.GraphModule:
+def functionalize(
+    exported: torch.export.ExportedProgram, model: torch.nn.Module, prefix: str, names: Mapping[str, str] | None = None
+) -> fx.GraphModule:
     """Functional graph of an exported wrapper around ``model``.
 
     Args:
         exported: the export of a module that holds ``model`` as its submodule ``prefix``.
         model: the denoiser; its ``Parameter`` and buffer objects are shared, never copied.
         prefix: name of the submodule, removed from module paths.
+        names: for lifted tensors that the export knows by another name, their names in ``model``.
 
     Raises:
         CaptureError: the model writes to a buffer or an argument when called, so a call cannot be a function.
@@ -43,7 +48,7 @@ def functionalize(exported: torch.export.ExportedProgram, model: torch.nn.Module
                 "be a function of its inputs. Use out-of-place operators there, or model.eval() if it is a running "
                 "statistic"
             )
-    graph, attributes = _unlift(exported, dict(_named_tensors(model)), f"{prefix}.")
+    graph, attributes = _unlift(exported, dict(named_tensors(model)), f"{prefix}.", names or {})
     result = fx.GraphModule(attributes, graph, class_name="Program")
     while _inline_wrapped(result):
         pass
@@ -53,13 +58,14 @@ def functionalize(exported: torch.export.ExportedProgram, model: torch.nn.Module
     return result
 
 
-def _named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, shared ones under each of their names."""
     parameters = list(model.named_parameters(remove_duplicate=False))
     return parameters + list(model.named_buffers(remove_duplicate=False))
 
 
 def _unlift(
-    exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor], prefix: str
+    exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor], prefix: str, names: Mapping[str, str]
 ) -> tuple[fx.Graph, dict[str, Any]]:
     """Copy the graph with lifted parameters turned back into attributes."""
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
@@ -70,9 +76,11 @@ def _unlift(
         spec = specs.get(node.name) if node.op == "placeholder" else None
         if spec is not None and spec.kind is not InputKind.USER_INPUT:
             target = str(spec.target)
-            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and target.startswith(prefix):
-                target = target.removeprefix(prefix)
-                value: Any = tensors[target]
+            if target in names:
+                target = prefix + names[target]
+            if target.startswith(prefix) and target.removeprefix(prefix) in tensors:
+                value: Any = tensors[target.removeprefix(prefix)]
+                target = _attribute(target.removeprefix(prefix))
             else:
                 value = exported.constants.get(target, exported.state_dict.get(target))
                 target = "constant_" + target.replace(".", "_")
@@ -90,6 +98,11 @@ def _unlift(
                 key: (path.removeprefix(prefix) if path != prefix[:-1] else "", kind) for key, (path, kind) in stack.items()
             }
     return graph, attributes
+
+
+def _attribute(path: str) -> str:
+    """The path with names that generated code cannot spell (``layers.in``) changed a little."""
+    return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in path.split("."))
 
 
 def _inline_wrapped(module: fx.GraphModule) -> bool:

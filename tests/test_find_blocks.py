@@ -213,3 +213,143 @@ def test_weights_shared_by_two_applications():
 def test_tiny_transformer_owns_its_macs():
     program = fxmask.capture(TinyTransformer(depth=4).eval(), make_calls()[0])
     assert sum(b.macs for b in program.branches) >= 0.9 * program.macs
+
+
+class Streams(torch.nn.Module):
+    """Two streams that attend to each other; each has a projection of its own, or they share one."""
+
+    def __init__(self, layers: int = 2, shared_projection: bool = False, rotate: bool = False) -> None:
+        super().__init__()
+        self.text = torch.nn.Parameter(torch.randn(1, 3, 8))
+        self.qkv = torch.nn.ModuleList(linear(8, 24) for _ in range(layers))
+        self.image_out = torch.nn.ModuleList(linear() for _ in range(layers))
+        self.text_out = torch.nn.ModuleList(linear() for _ in range(layers))
+        self.head = linear()
+        self.shared_projection, self.rotate = shared_projection, rotate
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        text = self.text.expand(x.shape[0], -1, -1)
+        for qkv, image_out, text_out in zip(self.qkv, self.image_out, self.text_out, strict=True):
+            q, k, v = qkv(torch.cat([text, x], 1)).chunk(3, -1)
+            if self.rotate:
+                q = q * 0.8 + torch.cat([-q[..., 4:], q[..., :4]], -1) * 0.6
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            if self.shared_projection:
+                mixed = image_out(mixed)
+                x, text = x + mixed[:, 3:], text + mixed[:, :3]
+            else:
+                x, text = x + image_out(mixed[:, 3:]), text + text_out(mixed[:, :3])
+        return self.head(torch.cat([x, text], 1))[:, :-3] * t.reshape(-1, 1, 1).cos()
+
+
+def capture_tokens(model: torch.nn.Module) -> fxmask.Program:
+    torch.manual_seed(0)
+    return fxmask.capture(model.eval(), {"x": torch.randn(2, 6, 8), "t": torch.tensor(3)})
+
+
+def test_joint_attention_is_one_block():
+    for rotate in (False, True):
+        program = capture_tokens(Streams(rotate=rotate))
+        assert [len(block.values) for block in program.branches] == [2, 2], "a rotation is no residual"
+        assert program.coverage(("branch",)) >= 0.9
+
+
+def test_slices_of_one_value_are_cut_before_they_are_sliced():
+    program = capture_tokens(Streams(shared_projection=True))
+    assert names(program) == ["image_out.0", "image_out.1"] or len(names(program)) == 2
+    assert [len(block.values) for block in program.branches] == [1, 1]
+    assert sum(b.macs for b in program.branches) >= 0.9 * program.macs
+
+
+def test_projection_shared_by_parallel_branches():
+    class Parallel(Base):
+        def forward(self, x, t):
+            both = self.d(x)
+            return x + self.a(both[:, :8]) + self.b(both[:, 8:])
+
+    class Apart(Parallel):
+        def forward(self, x, t):
+            h = torch.nn.functional.layer_norm(x, (8,))
+            return x + self.a(h) + self.b(h)
+
+    torch.manual_seed(0)
+    parallel = Parallel()
+    parallel.d = linear(8, 16)
+    (block,) = capture(parallel).branches
+    assert block.macs == capture(parallel).macs
+    assert names(capture(Apart())) == ["a", "b"], "a norm is cheap: each can be skipped by itself"
+
+
+def test_dense_experts_are_one_block():
+    class Experts(torch.nn.Module):
+        def __init__(self, form: str, count: int) -> None:
+            super().__init__()
+            self.form, self.router, self.head = form, linear(8, count), linear()
+            self.experts = torch.nn.ModuleList(
+                torch.nn.Sequential(linear(8, 16), torch.nn.ReLU(), linear(16, 8)) for _ in range(count)
+            )
+
+        def forward(self, x, t):
+            h = x.tanh()
+            weights = self.router(h).softmax(-1)
+            terms = [weights[:, k, None] * expert(h) for k, expert in enumerate(self.experts)]
+            if self.form == "stack":
+                return self.head(x + torch.stack(terms).sum(0))
+            total = x if self.form == "chain" else torch.zeros_like(x)
+            for term in terms:
+                total = total + term
+            return self.head(total if self.form == "chain" else x + total)
+
+    for form in ("stack", "sum", "chain"):
+        for count in (2, 3, 4, 6):
+            program = capture(Experts(form, count))
+            assert len(program.branches) == 1, (form, count, program.summary())
+            assert program.branches[0].macs == program.macs - 2 * 64, "everything but the head"
+
+
+def test_small_blocks_are_merged_into_a_neighbour():
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.big = torch.nn.ModuleList(
+                torch.nn.Sequential(linear(8, 512), torch.nn.ReLU(), linear(512, 8)) for _ in range(3)
+            )
+            self.small = torch.nn.ModuleList(torch.nn.Linear(8, 1) for _ in range(3))
+
+        def forward(self, x, t):
+            for big, small in zip(self.big, self.small, strict=True):
+                x = x + big(x)
+                x = x + small(x).expand(-1, 8)
+            return x
+
+    program = capture(Small())
+    assert len(program.branches) == 3
+    assert all(len(block.values) == 2 for block in program.branches)
+    assert sum(block.macs for block in program.branches) == program.macs
+
+
+def test_text_that_only_a_later_attention_reads():
+    """The text branch of the first layer lies inside the attention of the second, and still goes with its own layer."""
+
+    class Last(Streams):
+        def forward(self, x, t):
+            text = self.text.expand(x.shape[0], -1, -1)
+            for i, qkv in enumerate(self.qkv):
+                mixed = torch.nn.functional.scaled_dot_product_attention(*qkv(torch.cat([text, x], 1)).chunk(3, -1))
+                x = x + self.image_out[i](mixed[:, 3:])
+                if i == 0:
+                    text = text + self.text_out[i](mixed[:, :3])
+            return self.head(x)
+
+    program = capture_tokens(Last())
+    assert [len(block.values) for block in program.branches] == [2, 1]
+    assert sum(block.macs for block in program.branches) <= program.macs
+    assert program.coverage(("branch",)) >= 0.9
+
+
+def test_the_stream_may_be_scaled():
+    class Blend(Base):  # alpha * x + (1 - alpha) * f(x)
+        def forward(self, x, t):
+            return self.d(x * 0.3 + self.b(self.a(x).relu()) * 0.7)
+
+    assert len(names(capture(Blend()))) == 1
