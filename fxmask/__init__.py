@@ -1,10 +1,11 @@
 """fxmask: an optimising compiler for the sampling loop of diffusion models."""
 
 from fxmask import policies, reference
-from fxmask.api import accelerate, compile
+from fxmask.api import accelerate, compile, load
 from fxmask.errors import (
     BackendError,
     CaptureError,
+    DistributedError,
     FxmaskError,
     InputError,
     MaskError,
@@ -12,9 +13,10 @@ from fxmask.errors import (
     PassError,
     SchedulerError,
 )
-from fxmask.learning import learn
+from fxmask.learning import ParetoPoint, learn, pareto
 from fxmask.mask import Forecast, Mask, Plan
 from fxmask.passes.rectify import rectify
+from fxmask.pipelines import PipelineTrajectory, record_pipeline
 from fxmask.program import Block, Program
 from fxmask.report import Report
 from fxmask.runtime import AcceleratedModel, Generation
@@ -28,6 +30,7 @@ __all__ = [
     "BackendError",
     "Block",
     "CaptureError",
+    "DistributedError",
     "Forecast",
     "FxmaskError",
     "Generation",
@@ -35,7 +38,9 @@ __all__ = [
     "Mask",
     "MaskError",
     "OutcomeError",
+    "ParetoPoint",
     "PassError",
+    "PipelineTrajectory",
     "Plan",
     "Program",
     "Report",
@@ -45,8 +50,11 @@ __all__ = [
     "capture",
     "compile",
     "learn",
+    "load",
+    "pareto",
     "policies",
     "record",
+    "record_pipeline",
     "rectify",
     "reference",
 ]

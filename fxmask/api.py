@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
 
 from fxmask.backends import get_backend
+from fxmask.distributed import Group
 from fxmask.errors import InputError, MaskError
-from fxmask.inputs import ExampleInputs
-from fxmask.learning import Outcome, learn
+from fxmask.inputs import ExampleInputs, module_device
+from fxmask.learning import learn
 from fxmask.mask import Mask, Plan
+from fxmask.outcome import Outcome
 from fxmask.passes.rectify import rectify
 from fxmask.program import Program
 from fxmask.runtime import AcceleratedModel
+from fxmask.saving import differences, load_plan, scheduler_facts
 from fxmask.tracing import capture
 from fxmask.trajectory import record
 
 RECORDED_BATCH = 8
+RECORDED_RUNS = 4  # to learn from; the last one is kept for the final comparison
 
 
 def accelerate(
@@ -33,6 +40,10 @@ def accelerate(
     example_inputs: ExampleInputs = None,
     step_kwargs: Mapping[str, Any] | None = None,
     max_graphs: int | None = None,
+    max_cache_bytes: int | None = None,
+    learner: str = "default",
+    effort: str = "default",
+    checkpoint: str | Path | None = None,
     backend: str = "inductor",
     seed: int = 0,
     progress: bool = True,
@@ -51,6 +62,10 @@ def accelerate(
             cannot be inferred; sample and timestep may be included.
         step_kwargs: passed on to ``scheduler.step`` while recording, e.g. ``{"eta": 1.0}``.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
+        max_cache_bytes: at most this many cached bytes at once, per lane, for a batch of ``RECORDED_BATCH``.
+        learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
+        effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
+        checkpoint: a file that keeps what learning has measured; the same call goes on from it.
         backend: ``"inductor"`` (torch.compile) or ``"eager"``.
         seed: of the recorded noise and of learning.
         progress: show progress bars.
@@ -69,19 +84,90 @@ def accelerate(
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise InputError(f"{type(model).__name__} is in training mode; call model.eval() first")
-    trajectory = record(model, scheduler, num_inference_steps, RECORDED_BATCH, example_inputs, step_kwargs, seed)
-    program = capture(model, trajectory.calls[0][0])
     if mask is None:
-        mask = learn(program, trajectory, speedup, macs, max_error, max_graphs, seed, progress)
-    elif mask.timesteps != trajectory.timesteps:
+        group = Group.current()
+        seeds = [seed + k for k in range(max(RECORDED_RUNS, group.size + 1))]
+    else:
+        seeds = [seed]
+    trajectories = [
+        record(model, scheduler, num_inference_steps, RECORDED_BATCH, example_inputs, step_kwargs, s)
+        for s in tqdm(seeds, desc="recording", unit="run", disable=not progress)
+    ]
+    first = trajectories[0]
+    program = capture(model, first.calls[0][0])
+    if mask is None:
+        mask = learn(
+            program,
+            trajectories,
+            speedup,
+            macs,
+            max_error,
+            max_graphs,
+            seed,
+            progress,
+            learner=learner,
+            effort=effort,
+            max_cache_bytes=max_cache_bytes,
+            checkpoint=checkpoint,
+        )
+    elif mask.timesteps != first.timesteps:
         raise MaskError(
             f"the mask is for {mask.num_steps} steps from timestep {mask.timesteps[0]:g}, the scheduler makes "
-            f"{trajectory.num_steps} from {trajectory.timesteps[0]:g}; pass the num_inference_steps and scheduler that the "
+            f"{first.num_steps} from {first.timesteps[0]:g}; pass the num_inference_steps and scheduler that the "
             "mask was made for"
         )
     plan = rectify(program, mask)
     accelerated = compile(program, plan, backend)
+    accelerated._fxmask.facts.update(_facts(scheduler, num_inference_steps, step_kwargs))
     return accelerated.compile_all(progress) if backend != "eager" else accelerated
+
+
+def load(
+    folder: str | Path,
+    model: torch.nn.Module,
+    scheduler: Any = None,
+    *,
+    backend: str | None = None,
+    progress: bool = True,
+) -> AcceleratedModel:
+    """Accelerate a model with a plan that ``AcceleratedModel.save`` wrote.
+
+    Args:
+        folder: the saved plan.
+        model: the same architecture, in eval mode; its weights are its own.
+        scheduler: if given, must be what the plan was made for.
+        backend: other than the saved one.
+        progress: show a progress bar while compiling.
+
+    Raises:
+        MaskError: the plan is damaged, or model or scheduler differ; says in what.
+    """
+    mask, facts, example = load_plan(folder)
+    if scheduler is not None:
+        found = differences(facts.get("scheduler", {}), scheduler_facts(scheduler))
+        if found:
+            raise MaskError(f"the plan in {folder} was made for another scheduler:\n  " + "\n  ".join(found))
+    device = module_device(model)
+    roles = {name.split(".")[0]: role for name, role in facts["roles"].items()}
+    program = capture(model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example), roles)
+    if program.fingerprint != mask.fingerprint:
+        names = {b.name for b in program.blocks}
+        missing = [name for name in mask.blocks if name not in names]
+        raise MaskError(
+            f"the plan in {folder} was made for another model: {facts['model']} with fingerprint {mask.fingerprint}, this "
+            f"{type(model).__name__} has {program.fingerprint}"
+            + (f"; it has no blocks {missing[:5]}" if missing else "; it has blocks of these names, but other operators")
+        )
+    accelerated = compile(program, rectify(program, mask, facts["start"]), backend or facts["backend"])
+    accelerated._fxmask.facts.update(
+        {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
+    )
+    return accelerated.compile_all(progress) if (backend or facts["backend"]) != "eager" else accelerated
+
+
+def _facts(scheduler: Any, num_inference_steps: int, step_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    plain = {key: value for key, value in (step_kwargs or {}).items() if isinstance(value, (bool, int, float, str))}
+    return {"scheduler": scheduler_facts(scheduler), "num_inference_steps": num_inference_steps, "step_kwargs": plain}
 
 
 def compile(program: Program, plan: Plan, backend: str = "inductor") -> AcceleratedModel:
@@ -96,4 +182,5 @@ def compile(program: Program, plan: Plan, backend: str = "inductor") -> Accelera
         MaskError: the plan belongs to another program.
         BackendError: unknown backend.
     """
+    program.require_verified()
     return AcceleratedModel(program, plan, backend)

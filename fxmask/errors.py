@@ -33,3 +33,7 @@ class PassError(FxmaskError):
 
 class BackendError(FxmaskError):
     """A backend is unknown or cannot compile on this machine."""
+
+
+class DistributedError(FxmaskError, RuntimeError):
+    """Another rank of a distributed learning run died, or did not answer in time."""

@@ -89,7 +89,7 @@ class Executor:
         arguments = [tensors[k] for k in graph.inputs]
         if graph.coefficients:
             arguments.append(self._coefficient_table(step))
-        arguments.extend(cache[slot] for load in plan.load for slot in load.slots)
+        arguments.extend(cache[slot] for load in plan.formed for slot in load.slots)
         results = run(*arguments)
         for (block, value), tensor in zip(graph.store, results[graph.num_outputs :], strict=True):
             if (block, value) in plan.store:
@@ -103,7 +103,7 @@ class Executor:
         tensors = list(self.program.example.tensors.values())
         first = {step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}
         for step in tqdm(sorted(first.values()), desc="compiling step graphs", unit="graph", disable=not progress):
-            slots = {slot for load in self.plan.steps[step].load for slot in load.slots} | set(self.plan.steps[step].drop)
+            slots = {slot for load in self.plan.steps[step].formed for slot in load.slots} | set(self.plan.steps[step].drop)
             self.run_step(step, tensors, {slot: self._blank(slot) for slot in slots})
 
     def _blank(self, slot: Slot) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Executor:
 
     def _coefficient_table(self, step: int) -> torch.Tensor:
         if step not in self._coefficients:
-            self._coefficients[step] = forecast_coefficients(self.program, self.plan.steps[step].load)
+            self._coefficients[step] = forecast_coefficients(self.program, self.plan.steps[step].formed)
         table = self._coefficients[step]
         assert table is not None
         return table

@@ -1,418 +1,577 @@
-"""Learning which block runs at which step.
+"""Learning which block runs at which step: plans of every kind are made, refined, and judged on real rollouts.
 
 The seam: ``learn(program, calls, outcome) -> Mask``. Nothing outside this module knows how a mask was chosen.
 
-The paper's learner (arXiv 2603.19939, Sec. 3). Per step ``i``, with soft graph ``x`` and the frozen model's output ``e``:
+    1. every level (whole output, stages, all branches) at equal distances: fixed reuse and fixed forecasts are points here,
+       and so is "fewer steps", which is the whole output held
+    2. for the best levels, errors of runs are measured and full steps placed by dynamic programming; the branches also get
+       a mask each (``candidates``)
+    3. local search: neighbours of the best schedules, each judged on a rollout
+    4. coefficients are refined against the final samples (``Student.refine``)
+    5. the best few are compared on noise that none of this has seen; that decides
 
-    L_i = ||x_end - e||_2 + lambda1 * w(i) * sum_b s_b + lambda2 * w(i) * sum_b s_b (1 - s_b)      Eq. 5-8, 11
-    delta[i] = ||e_i - e_(i-1)|| / ||e_i||                                                        Eq. 9
-    w(i) = 2.0, 1.5, 1.0  as  delta[i] / max delta  is  < 0.1, < 0.5, else                        Eq. 10
-
-Caches are detached, so gradients stay inside one step (Fig. 3) and memory does not grow with T. The paper tunes
-lambda1 by hand; here the user asks for an outcome and lambda1 follows it during the run. Scores that end between two
-blocks' worth of MACs are settled by rank, so that the outcome is met.
+The work is counted in full sampling runs of the recorded trajectories (``effort``). Every measurement goes through a
+journal, so that an interrupted run resumes where it was and several outcomes (``pareto``) share what is measured.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from fxmask.candidates import Level, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
+from fxmask.distributed import Group
 from fxmask.errors import InputError, OutcomeError
-from fxmask.executor import Executor, GraphStore
-from fxmask.mask import Mask, Slot
-from fxmask.metrics import relative_error
-from fxmask.passes.insert_soft_mask import SoftGraph, insert_soft_mask
+from fxmask.journal import Journal
+from fxmask.mask import Mask
+from fxmask.outcome import TOLERANCE, Outcome
+from fxmask.paper import PaperOptions, learn_paper
 from fxmask.passes.rectify import rectify
 from fxmask.program import Program
-from fxmask.tracing import recapture
+from fxmask.student import Coefficients, Schedule, Student
 from fxmask.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.03  # an outcome counts as met within this fraction
+LEARNERS = ("default", "paper")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the user asked for: at most one of a speed-up, a fraction of MACs, or an error.
+class Effort:
+    """How much work a plan may take, in full sampling runs of the recorded trajectories.
 
     Attributes:
-        speedup: total MACs of the full run over total MACs of the accelerated one, > 1.
-        macs: fraction of the full run's MACs that may be spent, in (0, 1].
-        max_error: largest relative L2 error of the final samples, > 0.
-
-    Raises:
-        OutcomeError: two were given, or one is out of range.
+        units: in all, for one outcome.
+        starts: first steps at which runs are measured, 0: none.
+        levels: for how many levels.
+        search: units of local search.
+        rounds: of refinement.
+        finalists: how many schedules are refined and compared on held-out noise.
     """
 
-    speedup: float | None = None
-    macs: float | None = None
-    max_error: float | None = None
+    units: float
+    starts: int
+    levels: int
+    search: float
+    rounds: int
+    finalists: int
 
-    def __post_init__(self) -> None:
-        given = {k: v for k, v in vars(self).items() if v is not None}
-        if len(given) > 1:
-            raise OutcomeError(f"give only one outcome, got {given}; drop all but one of speedup, macs, max_error")
-        if self.speedup is not None and not self.speedup >= 1:
-            raise OutcomeError(f"speedup={self.speedup} must be at least 1 (2.0 halves the MACs)")
-        if self.macs is not None and not 0 < self.macs <= 1:
-            raise OutcomeError(f"macs={self.macs} must be in (0, 1]: the fraction of the full run's MACs that is kept")
-        if self.max_error is not None and not self.max_error > 0:
-            raise OutcomeError(f"max_error={self.max_error} must be positive: relative L2 error of the final samples")
 
-    def refuse_with(self, other: str) -> None:
-        """Raise ``OutcomeError`` if an outcome was given beside ``other``."""
-        given = [k for k, v in vars(self).items() if v is not None]
-        if given:
-            raise OutcomeError(f"{other}= already says what runs at which step; drop {given[0]}=")
-
-    @property
-    def budget(self) -> float:
-        """Fraction of the full run's MACs to spend; 0.5 where nothing was asked for."""
-        if self.macs is not None:
-            return self.macs
-        return 1 / (self.speedup if self.speedup is not None else 2.0)
+EFFORTS = {
+    "default": Effort(units=120.0, starts=8, levels=2, search=18.0, rounds=2, finalists=3),
+    "quick": Effort(units=18.0, starts=0, levels=0, search=0.0, rounds=1, finalists=2),
+}
 
 
 @dataclass(frozen=True)
-class PaperOptions:
-    """Hyper-parameters of the paper's learner.
+class Candidate:
+    """A schedule and how good it is on the trajectories that it was made with.
 
     Attributes:
-        epochs: passes over the recorded trajectory.
-        learning_rate: of Adam on the scores.
-        bimodal: lambda2 as a fraction of lambda1.
+        schedule: what each step forms.
+        coefficients: how.
+        score: mean relative error of the final samples in dB, smaller is better.
     """
 
-    epochs: int = 20
-    learning_rate: float = 0.1
-    bimodal: float = 0.3
+    schedule: Schedule
+    coefficients: Coefficients
+    score: float
 
 
-@dataclass
-class Scores:
-    """What learning leaves behind: soft scores and a total order of (step, block) by how much they matter.
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One plan of several that were learned together.
 
     Attributes:
-        values: float ``[T, B]`` in [0, 1].
-        pull: float ``[T, B]``, how strongly the feature loss wanted the score up; orders equal scores.
+        mask: the plan's mask.
+        mac_ratio: MACs of the full run over its MACs.
+        error: relative L2 error of the final samples on held-out noise.
+        decibels: the same as mean over images, in dB.
+        kind: where the schedule came from.
+        units: work for this plan, in full sampling runs, what is shared included once.
     """
 
-    values: torch.Tensor
-    pull: torch.Tensor
-
-    @property
-    def rank(self) -> torch.Tensor:
-        """Float ``[T, B]``; larger matters more. Scores first, pull among (nearly) equal ones."""
-        order = self.pull.flatten().argsort().argsort().reshape(self.pull.shape)
-        return self.values.double() + 1e-3 * order.double() / max(1, order.numel())
+    mask: Mask
+    mac_ratio: float
+    error: float
+    decibels: float
+    kind: str
+    units: float
 
 
 def learn(
     program: Program,
-    calls: Trajectory,
+    calls: Trajectory | Sequence[Trajectory],
     speedup: float | None = None,
     macs: float | None = None,
     max_error: float | None = None,
     max_graphs: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    *,
+    learner: str = "default",
+    effort: str = "default",
+    max_cache_bytes: int | None = None,
+    checkpoint: str | Path | None = None,
     options: PaperOptions | None = None,
 ) -> Mask:
-    """Choose the mask over the program's branch blocks that meets an outcome.
+    """Choose the mask, and its forecasts, that meet an outcome with the smallest error of the final samples.
 
     Args:
         program: the captured denoiser.
-        calls: a recorded trajectory of it.
-        speedup: asked-for ratio of MACs over the T steps; 2.0 if no outcome is given.
-        macs: or the fraction of the full run's MACs.
-        max_error: or the largest relative L2 error of the final samples, on the recorded noise.
-        max_graphs: at most this many distinct step graphs (compilation costs seconds each).
-        seed: of the initial scores.
-        progress: show a progress bar.
-        options: hyper-parameters.
-
-    Returns:
-        The mask, ``[T, branches]``. Ctrl-C ends the learning early and keeps what was learned so far.
+        calls: recorded sampling runs. Of several, the last quarter is kept for the final comparison; of one alone, runs
+            with fresh noise are recorded for it.
+        speedup: ratio of total MACs, e.g. 2.0, which is also the default outcome.
+        macs: or the fraction of the full MACs to keep.
+        max_error: or the largest relative L2 error of the final samples, on held-out noise.
+        max_graphs: at most this many distinct step graphs.
+        seed: of everything random. Same seed, same mask.
+        progress: show a progress bar. Ctrl-C ends the learning and returns the best plan so far.
+        learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
+        effort: ``"default"`` (at most 120 full sampling runs of work) or ``"quick"`` (at most 18).
+        max_cache_bytes: bound of ``Plan.peak_cache_bytes``, at the captured batch size.
+        checkpoint: a file that keeps what was measured; the same call goes on from it.
+        options: of the paper's learner.
 
     Raises:
         OutcomeError: the outcome is contradictory or out of reach; says what is reachable.
     """
     outcome = Outcome(speedup, macs, max_error)
-    program = _at_shape_of(program, calls)
-    if not program.branches:
-        raise OutcomeError(
-            f"no residual branch was found in {type(program.model).__name__}, so there is nothing to skip; "
-            "see program.summary()"
-        )
+    _check_choice("learner", learner, LEARNERS)
+    _check_choice("effort", effort, tuple(EFFORTS))
     if max_graphs is not None and max_graphs < 1:
         raise OutcomeError(f"max_graphs={max_graphs} must be at least 1")
-    budget = Budget.of(program, calls.num_steps)
-    if max_error is None:
-        budget.check(outcome, max_graphs)
-    scores = learn_scores(program, calls, outcome.budget, seed, progress, options or PaperOptions())
-    if max_error is not None:
-        return _meet_error(program, calls, scores, budget, max_error, max_graphs, seed)
-    rows = budget.project(scores.rank, outcome.budget, max_graphs, seed)
-    return _mask(program, calls, rows)
+    trajectories = _listed(calls)
+    if learner == "paper":
+        return learn_paper(program, trajectories[0], outcome, max_graphs, seed, progress, options or PaperOptions())
+    limits = Limits(max_graphs, max_cache_bytes)
+    search = Search(program, trajectories, EFFORTS[effort], limits, seed, progress, checkpoint)
+    if outcome.max_error is not None:
+        return search.meet_error(outcome.max_error).mask
+    return search.best(outcome.budget).mask
 
 
-def _mask(program: Program, calls: Trajectory, rows: torch.Tensor) -> Mask:
-    names = tuple(block.name for block in program.branches)
-    return Mask(rows, calls.timesteps, names, fingerprint=program.fingerprint)
+def pareto(
+    program: Program,
+    calls: Trajectory | Sequence[Trajectory],
+    speedups: Iterable[float] = (1.5, 2.0, 3.0),
+    max_graphs: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    *,
+    effort: str = "default",
+    max_cache_bytes: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> tuple[ParetoPoint, ...]:
+    """Plans for several speed-ups from one run of learning; what is measured is shared. Arguments as for ``learn``.
+
+    ``fxmask.report.draw_pareto(points, axes)`` plots error against MACs.
+    """
+    _check_choice("effort", effort, tuple(EFFORTS))
+    wanted = [Outcome(speedup=s) for s in speedups]
+    limits = Limits(max_graphs, max_cache_bytes)
+    search = Search(program, _listed(calls), EFFORTS[effort], limits, seed, progress, checkpoint)
+    return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
-def _at_shape_of(program: Program, calls: Trajectory) -> Program:
-    """The program captured for the trajectory's shapes."""
-    if len(calls.calls[0]) != 1:
-        raise InputError("learning from several calls per step is not possible yet; record one lane")
-    bound = program.signature.bind((), dict(calls.calls[0][0]))
-    return program if bound.key == program.example.key else recapture(program, bound)
+def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise InputError(f"{name}={given!r} is unknown; choose one of {list(choices)}")
 
 
-def step_weights(calls: Trajectory) -> torch.Tensor:
-    """The paper's timestep-aware weights ``w``, float ``[T]`` (Eq. 9 and 10). The first step, never skipped, has 1."""
-    outputs = [step[0].flatten(1).double() for step in calls.outputs]
-    delta = torch.zeros(len(outputs), dtype=torch.float64)
-    for i in range(1, len(outputs)):
-        change = (outputs[i] - outputs[i - 1]).norm(dim=1) / outputs[i].norm(dim=1).clamp_min(1e-12)
-        delta[i] = change.mean()
-    relative = delta / delta.max().clamp_min(1e-12)
-    weights = torch.where(relative < 0.1, 2.0, torch.where(relative < 0.5, 1.5, 1.0))
-    weights[0] = 1.0
-    return weights.float()
-
-
-def learn_scores(
-    program: Program, calls: Trajectory, budget: float, seed: int, progress: bool, options: PaperOptions
-) -> Scores:
-    """Scores ``[T, B]`` of the branch blocks, by gradient descent on the paper's per-step loss."""
-    soft = insert_soft_mask(program, program.branches)
-    device = calls.initial_noise.device
-    count = calls.num_steps, len(soft.blocks)
-    start = torch.rand(count, generator=torch.Generator().manual_seed(seed))  # random sampling, the paper's Table 4
-    start[0] = 1.0
-    rows = [row.to(device).requires_grad_() for row in start]
-    weights = step_weights(calls).to(device)
-    inputs = [tuple(program.signature.bind((), dict(step[0])).tensors.values()) for step in calls.calls]
-    share = torch.tensor([block.macs for block in soft.blocks], dtype=torch.float64)
-    share = share / max(1, program.macs)
-    optimizer = torch.optim.Adam(rows, lr=options.learning_rate)
-    pull = torch.zeros(count)
-    strength: float | None = None
-    epoch = 0
-    bar = tqdm(total=options.epochs * calls.num_steps, desc="learning the mask", unit="step", disable=not progress)
-    try:
-        for epoch in range(options.epochs):  # noqa: B007 (told when interrupted)
-            caches = soft.empty_caches(program)
-            for i in range(calls.num_steps):
-                gradient, caches, error = _step(soft, inputs[i], rows[i], caches, calls.outputs[i][0], i == 0)
-                pull[i] = 0.7 * pull[i] - 0.3 * gradient.cpu()
-                if i and strength is not None:
-                    penalty = strength * weights[i] * (1 + options.bimodal * (1 - 2 * rows[i].detach()))
-                    _descend(optimizer, rows[i], gradient + penalty)
-                bar.update()
-            kept = _kept(torch.stack([row.detach().cpu() for row in rows]) > 0.5, share)
-            strength = _strength(strength, pull, weights.cpu(), share, kept, budget)
-            bar.set_postfix(error=f"{error:.3g}", macs=f"{kept:.3f}", refresh=False)
-    except KeyboardInterrupt:
-        logger.warning("learning was interrupted in epoch %d of %d; using the scores so far", epoch + 1, options.epochs)
-    finally:
-        bar.close()
-    return Scores(torch.stack([row.detach().cpu() for row in rows]), pull / weights.cpu().unsqueeze(1))
-
-
-def _step(
-    soft: SoftGraph,
-    inputs: tuple[torch.Tensor, ...],
-    scores: torch.Tensor,
-    caches: Sequence[torch.Tensor],
-    target: torch.Tensor,
-    first: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], float]:
-    """Gradient of the feature loss by the scores, the new caches, and the loss."""
-    with torch.enable_grad():
-        results = soft.graph_module(*inputs, scores, *caches)
-        loss = (results[0] - target).flatten(1).norm(dim=1).mean()
-        (gradient,) = torch.autograd.grad(loss, [scores])
-    computed = (scores.detach() > 0.5).tolist()
-    fresh = [
-        value.detach() if first or computed[b] else cache
-        for (b, _), value, cache in zip(soft.values, results[soft.num_outputs :], caches, strict=True)
-    ]
-    return gradient, fresh, float(loss.detach())
-
-
-def _descend(optimizer: torch.optim.Optimizer, row: torch.Tensor, gradient: torch.Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)  # Adam leaves rows without a gradient alone
-    row.grad = gradient
-    optimizer.step()
-    with torch.no_grad():
-        row.clamp_(0.0, 1.0)
-
-
-def _kept(compute: torch.Tensor, share: torch.Tensor) -> float:
-    """Fraction of the full MACs that a hard mask over disjoint branches keeps."""
-    return float(1 - ((~compute).double() @ share).mean())
-
-
-def _strength(
-    strength: float | None, pull: torch.Tensor, weights: torch.Tensor, share: torch.Tensor, kept: float, budget: float
-) -> float:
-    """lambda1: at first where the pulls of a fitting number of blocks exceed it, then steered towards the budget."""
-    if strength is None:
-        ordered, index = (pull[1:] / weights[1:, None]).flatten().sort()
-        cost = share.repeat(len(pull) - 1)[index].cumsum(0) / len(pull)
-        position = int(torch.searchsorted(cost, 1 - budget))
-        return max(1e-8, float(ordered[min(position, len(ordered) - 1)]))
-    return strength * math.exp(max(-0.7, min(0.7, 3 * (kept - budget))))
+def _listed(calls: Trajectory | Sequence[Trajectory]) -> list[Trajectory]:
+    trajectories = [calls] if isinstance(calls, Trajectory) else list(calls)
+    if not trajectories:
+        raise InputError("learning needs at least one recorded trajectory")
+    return trajectories
 
 
 @dataclass(frozen=True)
-class Budget:
-    """MACs of masks over disjoint branch blocks, and the masks that meet a budget.
+class Limits:
+    """Bounds on a plan besides its MACs."""
 
-    Attributes:
-        share: float64 ``[B]``, each branch's share of a step's MACs.
-        num_steps: T.
+    max_graphs: int | None = None
+    max_cache_bytes: int | None = None
+
+
+class Search:
+    """One run of learning, for one or several budgets.
+
+    Args:
+        program: the captured denoiser.
+        trajectories: all of them; with several ranks, each works on its share.
+        effort: how much work.
+        limits: bounds on the plan.
+        seed: of local search and of fresh noise.
+        progress: show a progress bar.
+        checkpoint: file of the journal.
     """
 
-    share: torch.Tensor
-    num_steps: int
-    names: tuple[str, ...] = field(default=(), repr=False)
+    def __init__(
+        self,
+        program: Program,
+        trajectories: Sequence[Trajectory],
+        effort: Effort,
+        limits: Limits,
+        seed: int,
+        progress: bool,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        group = Group.current()
+        held = len(trajectories) // 4 if len(trajectories) >= 4 else (1 if len(trajectories) > 1 else 0)
+        training, fresh = list(trajectories[: len(trajectories) - held]), list(trajectories[len(trajectories) - held :])
+        if group.size > max(1, len(training)):
+            raise InputError(f"{group.size} ranks need at least as many trajectories to learn from, got {len(training)}")
+        training = group.share(training)
+        if not held:
+            fresh = [t.renoised(program.model, 7919 * (seed + 1) + n) for n, t in enumerate(training)]
+        else:
+            fresh = fresh if len(fresh) < group.size else group.share(fresh)
+        self.student = Student(program, training, group)
+        self.judge = Student(program, fresh, group if not held or held >= group.size else None)
+        self.effort = effort
+        self.limits = limits
+        self.samples = 2 if any(t.stochastic for t in trajectories) else 0
+        self.levels = levels_of(self.student, self.samples)
+        self._promising = self.levels
+        self.seed = seed
+        self.progress = progress
+        self.journal = Journal(checkpoint, group.agree(self._identity()), group)
+        self._bar: Any = None
 
-    @classmethod
-    def of(cls, program: Program, num_steps: int) -> Budget:
-        """Budget of a program's branches over ``num_steps`` steps."""
-        share = torch.tensor([b.macs for b in program.branches], dtype=torch.float64) / max(1, program.macs)
-        return cls(share, num_steps, tuple(b.name for b in program.branches))
+    def _identity(self) -> str:
+        first = self.student.trajectories[0]
+        parts = (self.student.program.fingerprint, first.timesteps, float(first.final.double().sum()), self.seed, self.limits)
+        return repr((*parts, self.effort, self.samples))
 
-    @property
-    def least(self) -> float:
-        """Smallest reachable fraction of MACs: every branch computed at the first step only."""
-        return float(1 - self.share.sum() * (self.num_steps - 1) / self.num_steps)
+    # One budget
 
-    def check(self, outcome: Outcome, max_graphs: int | None) -> None:
-        """Raise ``OutcomeError`` if no mask over the branches can meet the outcome."""
-        least = 1.0 if max_graphs == 1 else self.least
-        if outcome.budget < least / (1 + TOLERANCE):
-            raise OutcomeError(
-                f"speedup={1 / outcome.budget:.4g} (macs={outcome.budget:.4g}) is out of reach: with all "
-                f"{len(self.share)} branches skipped after the first of {self.num_steps} steps, speedup={1 / least:.4g} "
-                f"(macs={least:.4g}) is the most. Ask for less, or take more steps"
-            )
-
-    def project(self, rank: torch.Tensor, budget: float, max_graphs: int | None, seed: int) -> torch.Tensor:
-        """The mask ``[T, B]`` that computes what ranks highest and whose MACs come nearest to ``budget``.
+    def best(self, budget: float) -> ParetoPoint:
+        """The best plan for a fraction of the full run's MACs.
 
         Raises:
-            OutcomeError: with so few graphs no mask comes within 3 %.
+            OutcomeError: no plan comes within 3 % of it; says what is the least.
         """
-        groups = _group_rows(rank, max_graphs, seed)
-        sizes = torch.bincount(groups, minlength=int(groups.max()) + 1).double()
-        means = torch.zeros(len(sizes), rank.shape[1], dtype=torch.float64).index_add_(0, groups, rank.double())
-        means = means / sizes.unsqueeze(1)
-        saving = (sizes.unsqueeze(1) * self.share) / self.num_steps  # MACs saved by skipping (group, block)
-        free = torch.ones_like(saving, dtype=torch.bool)
-        free[groups[0]] = False  # nothing is cached at the first step
-        order = means.masked_fill(~free, math.inf).flatten().argsort()[: int(free.sum())]
-        skipped = _fill(saving.flatten(), order, 1 - budget)
-        compute = torch.ones(saving.numel(), dtype=torch.bool)
-        compute[skipped] = False
-        rows: torch.Tensor = compute.reshape(saving.shape)[groups]
-        kept = _kept(rows, self.share)
-        if abs(kept / budget - 1) > TOLERANCE:
+        self._check_reachable(budget)
+        started = self._units
+        pool: list[Candidate] = []
+        with self._shown(f"learning {1 / budget:.3g}x"):
+            try:
+                for schedule in self._proposals(budget, pool):
+                    self._add(pool, schedule, budget)
+                self._search(pool, budget)
+            except KeyboardInterrupt:
+                logger.warning("learning was interrupted; using the best of %d plans so far", len(pool))
+                if not pool:
+                    raise
+                return self._point(min(pool, key=lambda c: c.score), started)
+            try:
+                finalists = self._refined(self._finalists(pool), budget)
+            except KeyboardInterrupt:
+                logger.warning("learning was interrupted while refining; using the best plan so far")
+                return self._point(min(pool, key=lambda c: c.score), started)
+        if not finalists:
             raise OutcomeError(
-                f"macs={budget:.4g} (speedup={1 / budget:.4g}) cannot be met within {TOLERANCE:.0%}"
-                + (f" with max_graphs={max_graphs}" if max_graphs else "")
-                + f": the nearest is macs={kept:.4g} (speedup={1 / kept:.4g})"
+                f"macs={budget:.4g} (speedup={1 / budget:.4g}) cannot be met within {TOLERANCE:.0%} under {self.limits}; "
+                "allow more graphs or more cache, or take more steps"
             )
-        return rows
+        judged = [(c, self._point(c, started)) for c in finalists]
+        # All images count: which images are hard differs more between batches than plans of nearly equal quality do.
+        share = self.judge.images / (self.judge.images + self.student.images)
+        _, chosen = min(judged, key=lambda pair: (1 - share) * pair[0].score + share * pair[1].decibels)
+        self._compare_with_fewer_steps(chosen, budget)
+        return replace(chosen, units=self._units - started)
 
+    def _check_reachable(self, budget: float) -> None:
+        least = min((self.student.cost(level.loads) for level in self.levels), default=1.0)
+        steps = self.student.num_steps
+        least = (1 + (steps - 1) * least) / steps
+        if not self.levels or (budget < least / (1 + TOLERANCE)):
+            raise OutcomeError(
+                f"speedup={1 / budget:.4g} (macs={budget:.4g}) is out of reach: when only the first of {steps} steps computes "
+                f"everything, speedup={1 / least:.4g} (macs={least:.4g}) is the most. Ask for less, or take more steps"
+            )
 
-def _fill(saving: torch.Tensor, order: torch.Tensor, wanted: float) -> list[int]:
-    """Entries to skip, lowest rank first, whose savings add up to ``wanted`` as nearly as the entries allow."""
-    skipped: list[int] = []
-    total = 0.0
-    rest: list[int] = []
-    for entry in order.tolist():
-        if total + float(saving[entry]) <= wanted + 1e-12:
-            skipped.append(entry)
-            total += float(saving[entry])
+    def _proposals(self, budget: float, pool: list[Candidate]) -> Iterator[Schedule | None]:
+        """Schedules to try; what comes later depends on how the earlier ones did."""
+        for level in self._promising:
+            yield evenly(self.student, level, budget)
+        ranked = sorted(pool, key=lambda c: c.score)
+        if not self.effort.starts or not ranked:
+            return
+        if self._promising is self.levels:  # what is hopeless at one budget is not tried at the others
+            good = {c.schedule.kind.removesuffix(", even") for c in ranked if c.score < ranked[0].score + 8}
+            self._promising = [x for x in self.levels if x.name in good]
+        blocks = [b.name for b in self.student.program.branches]
+        names = list(dict.fromkeys(c.schedule.kind.removesuffix(", even") for c in ranked))[: self.effort.levels]
+        measured: list[tuple[Level, torch.Tensor]] = []
+        for name in names:
+            best = next(c for c in ranked if c.schedule.kind == f"{name}, even")
+            level = next(x for x in self.levels if x.name == name and x.history == best.schedule.history)
+            runs = self._runs(level)
+            measured.append((level, runs))
+            yield place(self.student, [(level, runs)], budget)
+            if name == "branches" and blocks:
+                probes = self._probes(blocks)
+                for period in (0, 6, 4, 3, 2):
+                    yield place_blocks(self.student, probes, blocks, runs, budget, period)
+        if len(measured) > 1 and max(self.student.cost(level.loads) for level, _ in measured) < 0.1:
+            yield place(self.student, measured, budget)
+
+    def _runs(self, level: Level) -> torch.Tensor:
+        key = f"runs {level.name} {level.history}"
+        measure = lambda: measure_runs(self.student, level, self.effort.starts, self._tick).tolist()  # noqa: E731
+        rows = self.journal.get(key, measure, self.student)
+        return torch.tensor(self.student.group.agree(rows), dtype=torch.float64)
+
+    def _probes(self, blocks: Sequence[str]) -> torch.Tensor:
+        if not hasattr(self, "_probed"):
+            self._probed = measure_probes(self.student, blocks)
+        return self._probed
+
+    def _add(self, pool: list[Candidate], schedule: Schedule | None, budget: float) -> Candidate | None:
+        """Evaluate a schedule, brought to the budget, and add it to the pool, if it keeps the limits."""
+        if schedule is None:
+            return None
+        schedule = self._trimmed(schedule, budget)
+        if schedule is None or any(c.schedule == schedule for c in pool) or not self._allowed(schedule):
+            return None
+        candidate = self._evaluate(schedule)
+        pool.append(candidate)
+        self._show(pool)
+        return candidate
+
+    def _evaluate(self, schedule: Schedule) -> Candidate:
+        def roll() -> Any:
+            rolled = self.student.rollout(schedule)
+            return [self.student.score(rolled), _dump(rolled.coefficients)]
+
+        score, terms = self.student.group.agree(self.journal.get(f"roll {_key(schedule)}", roll, self.student))
+        self._tick()
+        return Candidate(schedule, _load(terms), score)
+
+    def _trimmed(self, schedule: Schedule, budget: float) -> Schedule | None:
+        """The schedule within the tolerance of the budget: branches of one more step are formed, or computed."""
+        student = self.student
+        spent = student.spent(schedule)
+        if abs(spent / budget - 1) <= TOLERANCE * 0.9:
+            return schedule
+        branches = list(student.program.branches)
+        loads = list(schedule.loads)
+        # too dear: the later of two neighbouring full steps is least missed. Too cheap: the middle of the longest run
+        if spent > budget:
+            full = [i for i in range(1, len(loads)) if not loads[i]]
+            order = sorted(full, key=lambda i: (bool(loads[i - 1]), -i))
         else:
-            rest.append(entry)
-            if len(rest) > len(saving) // 4 and wanted - total < 0.002:
+            order = sorted((i for i in range(1, len(loads)) if loads[i]), key=lambda i: -_run_length(loads, i))
+        for i in order:
+            chosen: frozenset[str] = frozenset() if spent > budget else frozenset(b.name for b in branches)
+            for block in branches:
+                trial = chosen ^ {block.name}
+                loads[i] = trial
+                now = student.spent(replace(schedule, loads=tuple(loads)))
+                if abs(now / budget - 1) <= TOLERANCE * 0.9:
+                    return replace(schedule, loads=tuple(loads))
+                if (now < budget) == (spent > budget):
+                    continue  # one block too many; a smaller one may fit
+                chosen = trial
+            loads[i] = chosen
+            spent_now = student.spent(replace(schedule, loads=tuple(loads)))
+            if (spent_now < budget) == (spent > budget):
                 break
-    nearest = min(rest, key=lambda e: abs(total + float(saving[e]) - wanted), default=None)
-    if nearest is not None and abs(total + float(saving[nearest]) - wanted) < wanted - total:
-        skipped.append(nearest)
-    return skipped
+        return None
+
+    def _allowed(self, schedule: Schedule) -> bool:
+        """Whether a plan of this schedule keeps the limits. Coefficients do not matter for that."""
+        if self.limits == Limits():
+            return True
+        student = self.student
+        dummies: dict[tuple[int, str], Any] = {}
+        for i, loads in enumerate(schedule.loads):
+            for name in loads:
+                sources = student.sources(schedule, i, name)
+                plain = len(sources) == 1
+                dummies[i, name] = tuple((s, 1.0 if plain else 0.5) for s in sources)
+        plan = rectify(student.program, student.mask(schedule, dummies))
+        graphs, cached = self.limits.max_graphs, self.limits.max_cache_bytes
+        return (graphs is None or plan.distinct_graphs <= graphs) and (cached is None or plan.peak_cache_bytes <= cached)
+
+    def _search(self, pool: list[Candidate], budget: float) -> None:
+        """Local search from the two best schedules of different kinds."""
+        rng = random.Random(self.seed)
+        starts = self._finalists(pool)[:2]
+        for start in starts:
+            current, began, failures = start, self._units, 0
+            while self._units - began < self.effort.search / len(starts) and failures < 60:
+                schedule = _neighbour(current.schedule, rng)
+                if schedule is None or abs(self.student.spent(schedule) / budget - 1) > TOLERANCE * 0.9:
+                    failures += 1
+                    continue
+                found = self._add(pool, schedule, budget)
+                failures += 1
+                if found is not None and found.score < current.score - 0.02:
+                    current, failures = found, 0
+
+    def _finalists(self, pool: Sequence[Candidate]) -> list[Candidate]:
+        """The best schedules, one of each family first."""
+        ranked = sorted(pool, key=lambda c: c.score)
+        families: dict[str, Candidate] = {}
+        for candidate in ranked:
+            families.setdefault(candidate.schedule.kind.split(",")[0], candidate)
+        first = list(families.values())
+        return (first + [c for c in ranked if c not in first])[: self.effort.finalists]
+
+    def _refined(self, finalists: Sequence[Candidate], budget: float) -> list[Candidate]:
+        """The finalists, and those of few coefficients with these refined."""
+        found = list(finalists)
+        for candidate in finalists:
+            freedom = sum(len(terms) for terms in candidate.coefficients.values() if len(terms) > 1)
+            if not freedom or len({name for _, name in candidate.coefficients}) > 3:
+                continue
+
+            def refine(candidate: Candidate = candidate) -> Any:
+                coefficients, score = self.student.refine(
+                    candidate.schedule, candidate.coefficients, self.effort.rounds, self._tick
+                )
+                return [score, _dump(coefficients)]
+
+            key = f"refine {_key(candidate.schedule)}"
+            score, terms = self.student.group.agree(self.journal.get(key, refine, self.student))
+            found.append(Candidate(candidate.schedule, _load(terms), score))
+        return found
+
+    def _point(self, candidate: Candidate, started: float) -> ParetoPoint:
+        """The candidate on held-out noise."""
+
+        def roll() -> Any:
+            rolled = self.judge.rollout(candidate.schedule, candidate.coefficients)
+            return [self.judge.score(rolled), self.judge.relative_error(rolled)]
+
+        key = f"judge {_key(candidate.schedule)} {sorted(map(repr, candidate.coefficients.items()))}"
+        decibels, error = self.student.group.agree(self.journal.get(key, roll, self.judge))
+        mask = self.student.mask(candidate.schedule, candidate.coefficients)
+        ratio = 1 / self.student.spent(candidate.schedule)
+        return ParetoPoint(mask, ratio, error, decibels, candidate.schedule.kind, self._units - started)
+
+    def _compare_with_fewer_steps(self, point: ParetoPoint, budget: float) -> None:
+        """Warn if the scheduler's own grid with fewer steps, which no mask can express, is better on held-out noise."""
+        first = self.judge.trajectories[0]
+        if first.stochastic or not first.can_change_steps:
+            return
+        steps = max(1, round(budget * self.student.num_steps))
+        fewer = [t.with_steps(self.judge.program.model, steps) for t in self.judge.trajectories]
+        score = self.judge.score_of(fewer)
+        if score < point.decibels - 0.1:
+            logger.warning(
+                "%d steps of the scheduler's own grid are %.1f dB better than the best plan at the same MACs; set "
+                "num_inference_steps=%d and ask for a smaller speed-up from there",
+                steps,
+                point.decibels - score,
+                steps,
+            )
+
+    def meet_error(self, max_error: float) -> ParetoPoint:
+        """The cheapest plan whose error on held-out noise is at most ``max_error``.
+
+        Raises:
+            OutcomeError: even the dearest plan that saves anything is worse.
+        """
+        steps = self.student.num_steps
+        low, high = 1.5 / steps, 1.0
+        found: ParetoPoint | None = None
+        nearest = float("inf")
+        for _ in range(6):
+            middle = (low + high) / 2
+            try:
+                point = self.best(middle)
+            except OutcomeError:
+                low = middle
+                continue
+            nearest = min(nearest, point.error)
+            if point.error <= max_error:
+                found, high = point, middle
+                if point.error > max_error * (1 - TOLERANCE):
+                    break
+            else:
+                low = middle
+        if found is None:
+            everything = Schedule((frozenset(),) * steps, kind="everything")
+            logger.warning("no plan that saves anything keeps max_error=%g; the best had %.3g", max_error, nearest)
+            return ParetoPoint(self.student.mask(everything, {}), 1.0, 0.0, -300.0, "everything", self._units)
+        return found
+
+    # Progress
+
+    @property
+    def _units(self) -> float:
+        return self.student.units + self.judge.units + self.journal.replayed
+
+    def _shown(self, title: str) -> Any:
+        self._bar = tqdm(total=None, desc=title, unit="rollout", disable=not self.progress)
+        return self._bar
+
+    def _tick(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def _show(self, pool: Sequence[Candidate]) -> None:
+        best = min(pool, key=lambda c: c.score)
+        if self._bar is not None:
+            self._bar.set_postfix(
+                error=f"{best.score:.2f} dB",
+                macs=f"{self.student.spent(best.schedule):.3f}",
+                kind=best.schedule.kind,
+                refresh=False,
+            )
 
 
-def _group_rows(rank: torch.Tensor, max_graphs: int | None, seed: int) -> torch.Tensor:
-    """Group of each step: steps of a group share one row. The first step, all computes, has a group of its own."""
-    steps = len(rank)
-    if max_graphs is None or max_graphs >= steps:
-        return torch.arange(steps)
-    groups = torch.zeros(steps, dtype=torch.long)
-    if max_graphs == 1:
-        return groups
-    points = rank[1:].double()
-    centres = points[torch.linspace(0, len(points) - 1, max_graphs - 1).round().long()].clone()
-    for _ in range(50):  # Lloyd's algorithm; a few dozen rounds settle a few dozen rows
-        nearest = torch.cdist(points, centres).argmin(dim=1)
-        updated = torch.stack(
-            [points[nearest == k].mean(0) if bool((nearest == k).any()) else centres[k] for k in range(len(centres))]
-        )
-        if torch.equal(updated, centres):
-            break
-        centres = updated
-    groups[1:] = torch.unique(nearest, return_inverse=True)[1] + 1
-    return groups
+def _neighbour(schedule: Schedule, rng: random.Random) -> Schedule | None:
+    """Two steps close to each other exchange what they form, or one block's; or a step does as another one does."""
+    steps = len(schedule.loads)
+    loads = list(schedule.loads)
+    i = rng.randrange(1, steps)
+    j = i + rng.choice((-3, -2, -1, 1, 2, 3))
+    if not 1 <= j < steps or loads[i] == loads[j]:
+        return None
+    kind = rng.random()
+    different = sorted(loads[i] ^ loads[j])
+    if kind < 0.5 or len(different) == 1:
+        loads[i], loads[j] = loads[j], loads[i]
+    elif kind < 0.85:
+        some = frozenset(rng.sample(different, rng.randint(1, max(1, len(different) // 3))))
+        loads[i], loads[j] = loads[i] ^ some, loads[j] ^ some
+    else:
+        loads[i] = loads[j]
+    return replace(schedule, loads=tuple(loads), kind=schedule.kind.split(",")[0] + ", searched")
 
 
-def rollout_error(program: Program, mask: Mask, calls: Trajectory) -> float:
-    """Relative L2 error of the final samples when the recorded noise is sampled with the masked program."""
-    executor = Executor(rectify(program, mask), GraphStore(program, "eager"))
-    cache: dict[Slot, torch.Tensor] = {}
-    step = iter(range(mask.num_steps))
-
-    def denoiser(**kwargs: object) -> torch.Tensor:
-        tensors = list(program.signature.bind((), kwargs).tensors.values())
-        return executor.run_step(next(step), tensors, cache)[0]
-
-    return relative_error(calls.rollout(denoiser), calls.final)
+def _run_length(loads: Sequence[frozenset[str]], i: int) -> int:
+    low = high = i
+    while low > 0 and loads[low - 1]:
+        low -= 1
+    while high + 1 < len(loads) and loads[high + 1]:
+        high += 1
+    return min(i - low, high - i) + 1
 
 
-def _meet_error(
-    program: Program,
-    calls: Trajectory,
-    scores: Scores,
-    budget: Budget,
-    max_error: float,
-    max_graphs: int | None,
-    seed: int,
-) -> Mask:
-    """Bisect for the smallest budget whose error on the recorded noise stays below ``max_error``."""
-    best = _mask(program, calls, torch.ones(calls.num_steps, len(program.branches), dtype=torch.bool))
-    low, high = budget.least, 1.0
-    for _ in range(8):
-        middle = (low + high) / 2
-        try:
-            mask = _mask(program, calls, budget.project(scores.rank, middle, max_graphs, seed))
-        except OutcomeError:
-            low = middle  # few graphs make coarse masks; look on the safe side
-            continue
-        error = rollout_error(program, mask, calls)
-        logger.info("macs=%.3f gives error %.4f", middle, error)
-        if error <= max_error:
-            best, high = mask, middle
-        else:
-            low = middle
-    return best
+def _key(schedule: Schedule) -> str:
+    rows = [sorted(loads) for loads in schedule.loads]
+    return repr((rows, schedule.history, schedule.samples, schedule.blend))
+
+
+def _dump(coefficients: Coefficients) -> list[Any]:
+    return [
+        [i, block, [[list(s) if isinstance(s, tuple) else s, c] for s, c in terms]]
+        for (i, block), terms in coefficients.items()
+    ]
+
+
+def _load(rows: Iterable[Any]) -> dict[tuple[int, str], Any]:
+    return {(i, block): tuple((tuple(s) if isinstance(s, list) else s, c) for s, c in terms) for i, block, terms in rows}

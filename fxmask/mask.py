@@ -19,8 +19,22 @@ from fxmask.errors import MaskError
 if TYPE_CHECKING:
     from fxmask.program import Program
 
-Term = tuple[int, float]
-"""One term of a forecast: (source step, coefficient)."""
+INPUT = "input"
+"""Name under which a forecast may read the sample that a step is called with; see ``Program.input_block``."""
+
+Source = int | tuple[str, int]
+"""What a forecast reads: an earlier step's value of the block itself, or (another block, step)."""
+
+Term = tuple[Source, float]
+"""One term of a forecast: (source, coefficient)."""
+
+
+class Slot(NamedTuple):
+    """One cached tensor: value ``value`` (index into ``Block.values``) of block ``block``, stored at ``step``."""
+
+    block: str
+    value: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -28,11 +42,16 @@ class Forecast:
     """How loaded values are formed from stored ones.
 
     The value of block ``b`` loaded at step ``i`` is ``sum(c * stored[b, j] for j, c in terms[i, b])``, where
-    ``stored[b, j]`` is the value that ``b`` computed at the earlier step ``j``. A (step, block) without an entry
-    is plain reuse: the latest computed value with coefficient 1.
+    ``stored[b, j]`` is the value that ``b`` computed at the earlier step ``j``. A source ``(a, j)`` reads block ``a``
+    instead, whose values must have the shape of ``b``'s; ``("input", j)`` is the sample that step ``j`` was called with,
+    and there ``j`` may be ``i`` itself. A (step, block) without an entry is plain reuse: the latest computed value with
+    coefficient 1.
+
+    Where the mask computes ``b`` at step ``i``, an entry is a *blend*: one of its sources must be ``i``, the value that
+    ``b`` has just been computed to be, and the sum takes its place (and is what is stored).
 
     Attributes:
-        terms: ``{(step, block name): ((source step, coefficient), ...)}``.
+        terms: ``{(step, block name): ((source, coefficient), ...)}``.
     """
 
     terms: Mapping[tuple[int, str], tuple[Term, ...]] = field(default_factory=dict)
@@ -41,7 +60,7 @@ class Forecast:
         clean: dict[tuple[int, str], tuple[Term, ...]] = {}
         for (step, block), terms in self.terms.items():
             pairs = terms.items() if isinstance(terms, Mapping) else terms
-            clean[int(step), str(block)] = tuple((int(source), float(c)) for source, c in pairs)
+            clean[int(step), str(block)] = tuple((_clean_source(source, str(block)), float(c)) for source, c in pairs)
             sources = [source for source, _ in clean[int(step), str(block)]]
             if not sources or len(set(sources)) != len(sources):
                 raise MaskError(
@@ -52,6 +71,13 @@ class Forecast:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Forecast, (dict(self.terms),)
+
+
+def _clean_source(source: Source, block: str) -> Source:
+    if not isinstance(source, tuple):
+        return int(source)
+    other, step = source
+    return int(step) if other == block else (str(other), int(step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +140,19 @@ class Mask:
         for (step, name), terms in (self.forecast.terms if self.forecast else {}).items():
             if name not in column or not 0 <= step < len(rows):
                 raise MaskError(f"forecast names (step {step}, block {name!r}), which is not in the mask")
-            if rows[step][column[name]]:
-                raise MaskError(f"forecast names block {name!r} at step {step}, where the mask computes it; remove the entry")
+            blend = rows[step][column[name]]
+            if blend and step not in [source for source, _ in terms]:
+                raise MaskError(
+                    f"forecast names block {name!r} at step {step}, where the mask computes it; remove the entry, or give "
+                    f"the computed value a share: source {step}"
+                )
             for source, _ in terms:
-                if not 0 <= source < step or not rows[source][column[name]]:
+                other, at = source if isinstance(source, tuple) else (name, source)
+                latest = step if other == INPUT or (blend and other == name) else step - 1
+                if not 0 <= at <= latest or (other in column and not rows[at][column[other]]):
                     raise MaskError(
-                        f"forecast of block {name!r} at step {step} reads step {source}, which is not an earlier step "
-                        "that computes the block"
+                        f"forecast of block {name!r} at step {step} reads step {at} of {other!r}, which is not an "
+                        "earlier step that computes it"
                     )
 
     @classmethod
@@ -136,8 +168,19 @@ class Mask:
         """T, the number of denoising steps."""
         return len(self.timesteps)
 
+    def blends(self, step: int, block: str) -> bool:
+        """Whether ``step`` computes ``block`` and then blends it with other values."""
+        named = self.forecast is not None and (step, block) in self.forecast.terms
+        return named and bool(self.compute[step, self.blocks.index(block)])
+
+    def loaded_from(self, step: int, block: str, value: int) -> Load:
+        """How ``step`` forms a cut value of ``block``, where it is loaded or blended."""
+        sources = [(x if isinstance(x, tuple) else (block, x), c) for x, c in self.terms(step, block)]
+        terms = tuple((Slot(other, 0 if other == INPUT else value, at), c) for (other, at), c in sources)
+        return Load(block, value, step, terms)
+
     def terms(self, step: int, block: str) -> tuple[Term, ...]:
-        """The (source step, coefficient) pairs that form ``block`` at ``step``, where it is loaded."""
+        """The (source, coefficient) pairs that form ``block`` at ``step``, where it is loaded."""
         explicit = self.forecast.terms.get((step, block)) if self.forecast else None
         if explicit is not None:
             return explicit
@@ -158,11 +201,13 @@ class Mask:
             for step in range(start, self.num_steps):
                 if not compute[step, b]:
                     explicit = self.forecast.terms.get((step, name)) if self.forecast else None
-                    usable = fresh if explicit is None else all(source >= start for source, _ in explicit)
+                    usable = fresh if explicit is None else all(_step_of(source) >= start for source, _ in explicit)
                     if not usable:
                         compute[step, b] = True
                     elif explicit is not None:
                         kept[step, name] = explicit
+                elif self.blends(step, name) and all(_step_of(x) >= start for x, _ in self.terms(step, name)):
+                    kept[step, name] = self.terms(step, name)
                 fresh = fresh or bool(compute[step, b])
         return Mask(compute, self.timesteps, self.blocks, Forecast(kept) if kept else None, self.fingerprint)
 
@@ -180,30 +225,29 @@ class Mask:
         return hash((self.timesteps, self.blocks, self.compute.numpy().tobytes()))
 
 
-class Slot(NamedTuple):
-    """One cached tensor: value ``value`` (index into ``Block.values``) of block ``block``, stored at ``step``."""
-
-    block: str
-    value: int
-    step: int
-
-
 class Load(NamedTuple):
     """A cut value that a step reads from the cache, and what it is formed from."""
 
     block: str
     value: int
-    terms: tuple[Term, ...]
+    step: int
+    terms: tuple[tuple[Slot, float], ...]
 
     @property
     def plain(self) -> bool:
         """Whether the value is one stored value, unchanged."""
-        return len(self.terms) == 1 and self.terms[0][1] == 1.0
+        return len(self.terms) == 1 and self.terms[0][1] == 1.0 and self.terms[0][0].step < self.step
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """The cached tensors that are read."""
-        return tuple(Slot(self.block, self.value, source) for source, _ in self.terms)
+        """The cached tensors that are read. A term of the present step is no cached tensor."""
+        return tuple(slot for slot, _ in self.terms if slot.step < self.step)
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What decides which graph forms the value: everything but which steps are read, and the coefficients."""
+        sources = tuple((slot.block if slot.block != self.block else None, slot.step == self.step) for slot, _ in self.terms)
+        return (self.block, self.value, self.plain, sources)
 
 
 @dataclass(frozen=True)
@@ -213,6 +257,7 @@ class StepPlan:
     Attributes:
         compute: names of the blocks that are live and computed.
         load: cut values read from the cache, in graph order.
+        blend: cut values that are computed and then combined with others, in graph order.
         store: (block, value index) written to the cache: exactly what some later step reads from this one.
         emit: (block, value index) that the step's graph returns: ``store``, and what other steps that share the graph
             store.
@@ -228,11 +273,17 @@ class StepPlan:
     drop: tuple[Slot, ...]
     graph: int
     macs: int
+    blend: tuple[Load, ...] = ()
+
+    @property
+    def formed(self) -> tuple[Load, ...]:
+        """Every cut value that is formed from others: loads, then blends."""
+        return self.load + self.blend
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What decides which graph a step runs: live computes, shape of the loads, stored values."""
-        return (self.compute, tuple((x.block, x.value, x.plain, len(x.terms)) for x in self.load), self.emit)
+        return (self.compute, tuple(x.form for x in self.load), tuple(x.form for x in self.blend), self.emit)
 
 
 @dataclass(frozen=True)
@@ -276,6 +327,10 @@ class Plan:
     def kept_per_step(self) -> tuple[float, ...]:
         """Share of the full MACs that each step still computes."""
         return tuple(macs / max(1, self.full_macs) for macs in self.macs_per_step)
+
+
+def _step_of(source: Source) -> int:
+    return source[1] if isinstance(source, tuple) else source
 
 
 def as_names(blocks: Sequence[Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxmask.errors import MaskError
-from fxmask.mask import Mask
+from fxmask.mask import INPUT, Mask
 from fxmask.passes.forecast import coefficient_dtype, combine
 from fxmask.program import Program
 from fxmask.trajectory import Trajectory
@@ -63,6 +63,8 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
     for node in program.graph_module.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(arguments)
+            if node.name in program.input_block.values:
+                cache[step, INPUT, 0] = values[node].clone()
         elif node.op == "get_attr":
             values[node] = operator.attrgetter(str(node.target))(program.graph_module)
         elif node.op == "output":
@@ -75,18 +77,20 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
                 block, i = cut[node.name]
                 if computes[block]:
                     cache[step, block, i] = values[node].clone()
-                else:
-                    values[node] = _cached(mask, step, block, i, cache)
+                if not computes[block] or mask.blends(step, block):
+                    values[node] = _formed(mask, step, block, i, cache)
+                if mask.blends(step, block):
+                    cache[step, block, i] = values[node].clone()
     raise AssertionError("a graph ends with its output")
 
 
-def _cached(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Tensor:
-    terms = mask.terms(step, block)
-    stored = [cache[source, block, i] for source, _ in terms]
-    if len(terms) == 1 and terms[0][1] == 1.0:
+def _formed(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Tensor:
+    load = mask.loaded_from(step, block, i)
+    stored = [cache[slot.step, slot.block, slot.value] for slot, _ in load.terms]
+    if load.plain:
         return stored[0].clone()
     dtype = stored[0].dtype
     table = coefficient_dtype(dtype)
-    coefficients = torch.tensor([c for _, c in terms], dtype=table, device=stored[0].device)
+    coefficients = torch.tensor([c for _, c in load.terms], dtype=table, device=stored[0].device)
     result: torch.Tensor = combine(lambda op, *a, **k: op(*a, **k), stored, coefficients, 0, dtype, table)
     return result

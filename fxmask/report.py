@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxmask.mask import Mask, Plan
 from fxmask.program import Program
+
+if TYPE_CHECKING:
+    from fxmask.learning import ParetoPoint
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,15 @@ def draw_mask(mask: Mask, axes: Any) -> None:
     axes.set_xticks(range(0, mask.num_steps, max(1, mask.num_steps // 10)))
     axes.set_xlabel("step")
     axes.set_title(f"computed blocks (dark), {mask.num_steps} steps")
+
+
+def draw_pareto(points: Sequence[ParetoPoint], axes: Any) -> None:
+    """Draw error on held-out noise against MACs, on matplotlib ``axes``; a point per plan of ``fxmask.pareto``."""
+    ordered = sorted(points, key=lambda p: p.mac_ratio)
+    axes.plot([1 / p.mac_ratio for p in ordered], [p.decibels for p in ordered], marker="o")
+    for p in ordered:
+        axes.annotate(f"{p.mac_ratio:.2f}x", (1 / p.mac_ratio, p.decibels), textcoords="offset points", xytext=(4, 6))
+    axes.set_xlabel("share of the full run's MACs")
+    axes.set_ylabel("error of the final samples (dB, mean over images)")
+    axes.set_title("error against MACs")
+    axes.grid(alpha=0.3)

@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fxmask.mask import Mask, Plan
 from fxmask.passes.rectify import rectify
 from fxmask.program import Block, Program
 from fxmask.report import Report
+from fxmask.saving import save_mask
 from fxmask.tracing import capture, recapture
 
 logger = logging.getLogger(__name__)
@@ -270,6 +272,7 @@ class _Private:
     inferred: contextvars.ContextVar[tuple[Any, Generation] | None]
     lock: Any = field(default_factory=threading.RLock)
     refused: set[tuple[Any, ...]] = field(default_factory=set)
+    facts: dict[str, Any] = field(default_factory=dict)  # about the sampler that the plan was made for
     warned: set[Any] = field(default_factory=set)
 
 
@@ -356,6 +359,17 @@ class AcceleratedModel(torch.nn.Module):
     def report(self) -> Report:
         """What the plan saves, as a table when printed; ``.to_dict()`` for programs."""
         return Report.of(self.program, self.plan)
+
+    def save(self, folder: str | Path) -> None:
+        """Save mask, forecasts and what they were made for; ``fxmask.load(folder, model)`` reads them. No weights.
+
+        Raises:
+            MaskError: the folder holds something else, or the captured call holds an argument that cannot be saved.
+        """
+        private = self._fxmask
+        roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
+        facts = {**private.facts, "model": type(private.model).__name__, "roles": roles, "start": private.plan.start}
+        save_mask(folder, private.plan.source, {**facts, "backend": private.backend}, private.program.example.arguments)
 
     def compile_all(self, progress: bool = False) -> AcceleratedModel:
         """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""

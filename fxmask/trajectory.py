@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from fxmask.inputs import ExampleInputs, example_call, module_device, module_dty
 
 Call = Mapping[str, Any]
 Denoiser = Callable[..., Any]
+Loop = Generator[dict[str, Any], torch.Tensor, torch.Tensor]
 
 _DRAWS = (
     torch.randn,
@@ -91,6 +92,11 @@ class Trajectory:
         return len(self.calls)
 
     @property
+    def order(self) -> tuple[tuple[int, int], ...]:
+        """(step, lane) of every denoiser call, in order."""
+        return tuple((i, lane) for i, step in enumerate(self.calls) for lane in range(len(step)))
+
+    @property
     def stochastic(self) -> bool:
         """Whether the sampler injects noise."""
         return any(self.noises)
@@ -100,30 +106,67 @@ class Trajectory:
         """B."""
         return int(self.initial_noise.shape[0])
 
+    def loop(self) -> Loop:
+        """The sampler as a generator: yields the denoiser's calls, in order, and is sent the prediction of each.
+
+        The same noise as in the recording. Its return value is the final samples, ``[B, ...]``.
+        """
+        scheduler = copy.deepcopy(self.scheduler)
+        x = self.initial_noise.clone()
+        for i, timestep in enumerate(scheduler.timesteps):
+            (call,) = self.calls[i]
+            output = yield {**call, self.sample: _scale(scheduler, x, timestep)}
+            with torch.no_grad(), NoiseTape(self.noises[i]):
+                x = _step(scheduler, _prediction(output, x, scheduler), timestep, x, self.step_kwargs)
+        return x
+
+    @property
+    def can_change_steps(self) -> bool:
+        """Whether ``with_steps`` works: the scheduler can be set to another number of steps."""
+        return callable(getattr(self.scheduler, "set_timesteps", None))
+
     @torch.no_grad()
-    def rollout(self, denoiser: Denoiser, on_step: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+    def with_steps(self, model: torch.nn.Module, num_inference_steps: int) -> Trajectory:
+        """The same start and conditioning, sampled with another number of the scheduler's own steps.
+
+        Injected noise, where there is any, is not the same.
+        """
+        signature = Signature.of(model)
+        scheduler = prepare_scheduler(self.scheduler, num_inference_steps, self.initial_noise.device)
+        sigmas = [float(getattr(s, "init_noise_sigma", 1.0)) for s in (self.scheduler, scheduler)]
+        noise = self.initial_noise / sigmas[0]
+        return _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def renoised(self, model: torch.nn.Module, seed: int) -> Trajectory:
+        """The same conditioning, recorded with other noise."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.initial_noise.shape, generator=generator).to(self.initial_noise)
+        scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
+        return _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, generator)
+
+    @torch.no_grad()
+    def rollout(self, denoiser: Denoiser) -> torch.Tensor:
         """Replay the sampler with another denoiser and the same noise.
 
         Args:
             denoiser: called like the model. An ``AcceleratedModel`` runs inside a generation of its own.
-            on_step: called after each step with its number and the sample.
 
         Returns:
             The final samples, ``[B, ...]``.
         """
-        scheduler = copy.deepcopy(self.scheduler)
         generation = getattr(denoiser, "generation", contextlib.nullcontext)
-        x = self.initial_noise.clone()
-        with generation():
-            for i, timestep in enumerate(scheduler.timesteps):
-                (call,) = self.calls[i]
-                inputs = {**call, self.sample: _scale(scheduler, x, timestep)}
-                prediction = _prediction(first_tensor(denoiser(**inputs)), x, scheduler)
-                with NoiseTape(self.noises[i]):
-                    x = _step(scheduler, prediction, timestep, x, self.step_kwargs)
-                if on_step is not None:
-                    on_step(i, x)
-        return x
+        loop = self.loop()
+        try:
+            with generation():
+                call = next(loop)
+                while True:
+                    call = loop.send(first_tensor(denoiser(**call)))
+        except StopIteration as end:
+            final: torch.Tensor = end.value
+            return final
+        finally:
+            loop.close()
 
 
 @torch.no_grad()
@@ -157,23 +200,36 @@ def record(
     conditioning = resolve_conditioning(example_inputs, batch_size, generator)
     template = example_call(model, _as_timestep(scheduler.timesteps[0], device), conditioning, batch_size, dtype)
     signature = Signature.of(model)
-    shape = template[signature.sample].shape
-    noise = torch.randn(shape, generator=generator).to(device, dtype)
+    noise = torch.randn(template[signature.sample].shape, generator=generator).to(device, dtype)
+    return _sample(model, scheduler, template, signature, noise, dict(step_kwargs or {}), generator)
+
+
+def _sample(
+    model: torch.nn.Module,
+    scheduler: Any,
+    template: Call,
+    signature: Signature,
+    noise: torch.Tensor,
+    step_kwargs: Mapping[str, Any],
+    generator: torch.Generator,
+    tapes: Sequence[Sequence[torch.Tensor]] | None = None,
+) -> Trajectory:
+    """Sample from ``noise``, drawing from ``generator`` or playing ``tapes`` back, and keep every call."""
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     start = copy.deepcopy(scheduler)
     initial = x.clone()
-    options = dict(step_kwargs or {})
+    options = dict(step_kwargs)
     if "generator" in inspect.signature(scheduler.step).parameters and "generator" not in options:
         options["generator"] = generator
     calls, outputs, noises, values = [], [], [], []
-    for timestep in scheduler.timesteps:
+    for i, timestep in enumerate(scheduler.timesteps):
         call = dict(template)
         call[signature.sample] = _scale(scheduler, x, timestep)
         if signature.timestep is not None:
             form = torch.as_tensor(template[signature.timestep])
-            call[signature.timestep] = _as_timestep(timestep, device).expand(form.shape)
+            call[signature.timestep] = _as_timestep(timestep, x.device).expand(form.shape)
         prediction = first_tensor(model(**call))
-        with NoiseTape() as tape:
+        with NoiseTape(tapes[i] if tapes is not None else None) as tape:
             x = _step(scheduler, _prediction(prediction, x, scheduler), timestep, x, options)
         calls.append((call,))
         outputs.append((prediction,))
@@ -187,7 +243,7 @@ def record(
         noises=tuple(noises),
         final=x,
         scheduler=start,
-        step_kwargs=dict(step_kwargs or {}),
+        step_kwargs=dict(step_kwargs),
         sample=signature.sample,
     )
 

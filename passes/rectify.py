@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from fxmask.errors import MaskError
-from fxmask.mask import Forecast, Load, Mask, Plan, Slot, StepPlan
+from fxmask.mask import INPUT, Forecast, Load, Mask, Plan, Slot, StepPlan
 from fxmask.passes.count_macs import count_macs
 from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.program import Block, Program
@@ -59,18 +59,22 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     for step in reversed(range(start, mask.num_steps)):
         roots = set(cut) if keep else {program.block(block).values[i] for block, i in reads[step]}
         rows[step] = _live_row(program, mask, step, cut, roots, weights)
-        for load in rows[step].load:  # type: ignore[union-attr]
+        for load in rows[step].formed:  # type: ignore[union-attr]
             for slot in load.slots:
                 reads[slot.step][slot.block, slot.value] = None
-    return _assemble(program, mask, source, start, [row or _Row((), (), frozenset(), 0) for row in rows], reads)
+    return _assemble(program, mask, source, start, [row or _Row((), (), (), frozenset(), 0) for row in rows], reads)
 
 
 class _Row:
     """What is live in one step."""
 
-    def __init__(self, compute: Sequence[str], load: Sequence[Load], live: frozenset[fx.Node], macs: int) -> None:
+    def __init__(
+        self, compute: Sequence[str], load: Sequence[Load], blend: Sequence[Load], live: frozenset[fx.Node], macs: int
+    ) -> None:
         self.compute = frozenset(compute)
         self.load = tuple(load)
+        self.blend = tuple(blend)
+        self.formed = self.load + self.blend
         self.live = live
         self.macs = macs
 
@@ -91,7 +95,7 @@ def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
 def _cut_values(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[str, int]]:
     """{node name: (block, value index)}. Two blocks may share a value only if one of them is not in the mask."""
     cut: dict[str, tuple[str, int]] = {}
-    for block in blocks:
+    for block in (program.input_block, *blocks):
         for i, value in enumerate(block.values):
             if value in cut:
                 raise MaskError(f"blocks {cut[value][0]!r} and {block.name!r} both cut {value}; list only one of them")
@@ -111,19 +115,40 @@ def _live_row(
     live: set[fx.Node] = set()
     compute: set[str] = set()
     load: list[Load] = []
+    blend: list[Load] = []
     macs = 0
     for node in reversed(program.graph_module.graph.nodes):
         if node.op != "output" and node.name not in roots and not any(user in live for user in node.users):
             continue
         block, value = cut.get(node.name, (None, 0))
-        if block is not None and not column[block]:
-            load.append(Load(block, value, mask.terms(step, block)))
+        if block is not None and not column.get(block, True):
+            load.append(_checked(program, mask.loaded_from(step, block, value)))
             continue  # its inputs are not needed through it
-        if block is not None:
+        if block is not None and block != INPUT:
             compute.add(block)
+            if mask.blends(step, block):
+                blend.append(_checked(program, mask.loaded_from(step, block, value)))
         live.add(node)
         macs += weights[node]
-    return _Row(sorted(compute), tuple(reversed(load)), frozenset(live), macs)
+    return _Row(sorted(compute), tuple(reversed(load)), tuple(reversed(blend)), frozenset(live), macs)
+
+
+def _checked(program: Program, load: Load) -> Load:
+    """The load, if every value that it reads exists and has the shape and type of the one that is formed."""
+    wanted = program.node(program.block(load.block).values[load.value]).meta["val"]
+    for slot, _ in load.terms:
+        if slot.block == load.block:
+            continue
+        where = f"forecast of block {load.block!r} at step {load.step} reads {slot.block!r}"
+        try:
+            values = program.block(slot.block).values
+        except KeyError:
+            raise MaskError(f"{where}, which is no block of the program") from None
+        source = program.node(values[slot.value]).meta["val"] if slot.value < len(values) else None
+        if source is None or source.shape != wanted.shape or source.dtype != wanted.dtype:
+            found = "no such value" if source is None else f"{source.dtype}{list(source.shape)}"
+            raise MaskError(f"{where}: {found}, but {wanted.dtype}{list(wanted.shape)} is needed")
+    return load
 
 
 def _assemble(
@@ -138,7 +163,7 @@ def _assemble(
     emits = _shared_emits(program, start, rows, reads)
     last: dict[Slot, int] = {}
     for step, row in enumerate(rows):
-        for load in row.load:
+        for load in row.formed:
             last.update(dict.fromkeys(load.slots, step))
     graphs: dict[object, int] = {}
     steps = []
@@ -155,7 +180,7 @@ def _assemble(
         drop = tuple(sorted(slot for slot in held if last[slot] <= step))
         held -= set(drop)
         graph = graphs.setdefault(_shape(row), len(graphs))
-        steps.append(StepPlan(row.compute, row.load, store, emit, drop, graph, row.macs))
+        steps.append(StepPlan(row.compute, row.load, store, emit, drop, graph, row.macs, row.blend))
     total = sum(count_macs(node) for node in program.graph_module.graph.nodes)
     return Plan(_rectified(mask, rows, start), tuple(steps), start, total, peak, program.fingerprint, source)
 
@@ -169,20 +194,20 @@ def _shared_emits(
     everything returns every value that any step loads: one graph then serves the first step of a run, a run that
     starts in the middle, and calls that no plan covers.
     """
-    order = [(b.name, i) for b in program.blocks for i in range(len(b.values))]
+    order = [(b.name, i) for b in (program.input_block, *program.blocks) for i in range(len(b.values))]
     loaded = {value for read in reads for value in read}
     wanted: dict[object, set[tuple[str, int]]] = {}
     for step in range(start, len(rows)):
         values = wanted.setdefault(_shape(rows[step]), set(reads[step]))
         values |= set(reads[step])
-        if not rows[step].load:
+        if not rows[step].formed:
             values |= loaded
     return {shape: tuple(value for value in order if value in values) for shape, values in wanted.items()}
 
 
 def _shape(row: _Row) -> object:
     """Rows that can share a step graph: the same live nodes, and loads of the same form."""
-    return (row.live, tuple((x.block, x.value, x.plain, len(x.terms)) for x in row.load))
+    return (row.live, tuple(load.form for load in row.load), tuple(load.form for load in row.blend))
 
 
 def _slot_bytes(program: Program, slot: Slot) -> int:
@@ -195,10 +220,10 @@ def _rectified(mask: Mask, rows: Sequence[_Row], start: int) -> Mask:
     compute = mask.compute.clone()
     kept = {}
     for step in range(start, mask.num_steps):
-        loaded = {load.block: load.terms for load in rows[step].load}
+        formed = {load.block for load in rows[step].formed}
         for b, name in enumerate(mask.blocks):
             if compute[step, b]:
                 compute[step, b] = name in rows[step].compute  # never off in the first row: all of it is live there
-            elif mask.forecast and (step, name) in mask.forecast.terms and name in loaded:
-                kept[step, name] = loaded[name]
+            if mask.forecast and (step, name) in mask.forecast.terms and name in formed:
+                kept[step, name] = mask.forecast.terms[step, name]
     return Mask(compute, mask.timesteps, mask.blocks, Forecast(kept) if kept else None, mask.fingerprint)

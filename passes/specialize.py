@@ -11,14 +11,15 @@ tensor alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxmask.mask import Load, Plan
+from fxmask.mask import Load, Plan, Slot
+from fxmask.passes.count_macs import count_macs
 from fxmask.passes.forecast import coefficient_dtype, combine
 from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.passes.remove_dead import remove_dead
@@ -47,7 +48,7 @@ class StepGraph:
         graph_module: called as ``graph_module(*inputs, *coefficients, *cached)``; returns (outputs..., stores...).
         inputs: positions, in ``Program.inputs``, of the arguments that the graph needs.
         coefficients: whether a coefficient tensor follows, one entry per term of every forecast, in load order.
-        load: (block, value index, number of stored values) in the order of the cached arguments.
+        load: (block, value index, number of cached values) in the order of the cached arguments.
         store: (block, value index) of the extra outputs.
         num_outputs: how many outputs come before them.
         steps: the steps that run this graph.
@@ -80,24 +81,92 @@ def specialize(program: Program, plan: Plan) -> tuple[StepGraph, ...]:
 def specialize_step(program: Program, plan: Plan, steps: list[int]) -> StepGraph:
     """The graph that ``steps``, which share one, run."""
     first = plan.steps[steps[0]]
-    return _build(program, first.load, first.emit, tuple(steps))
+    return _build(program, first.load, first.emit, tuple(steps), first.blend)
 
 
-def _build(program: Program, load: tuple[Load, ...], store: tuple[tuple[str, int], ...], steps: tuple[int, ...]) -> StepGraph:
+@dataclass(frozen=True)
+class CutGraph:
+    """A program some of whose blocks are given from outside, already formed.
+
+    Attributes:
+        step_graph: the specialised graph.
+        load: (block, value index) of the values that it is given, in order.
+        macs: multiply-accumulates of one call.
+    """
+
+    step_graph: StepGraph
+    load: tuple[tuple[str, int], ...]
+    macs: int
+
+    @property
+    def store(self) -> tuple[tuple[str, int], ...]:
+        """(block, value index) of the extra outputs."""
+        return self.step_graph.store
+
+    @property
+    def num_outputs(self) -> int:
+        """How many outputs come before them."""
+        return self.step_graph.num_outputs
+
+    def __call__(self, tensors: Sequence[torch.Tensor], formed: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Outputs, then stores, for all of the program's inputs and the given values."""
+        results: tuple[torch.Tensor, ...] = self.step_graph.graph_module(*(tensors[k] for k in self.step_graph.inputs), *formed)
+        return results
+
+
+def live_under(program: Program, loads: frozenset[str]) -> tuple[frozenset[str], int]:
+    """The blocks that a step still computes when it is given the blocks ``loads``, and its multiply-accumulates."""
+    given = {value for name in loads for value in program.block(name).values}
+    live: set[str] = set()
+    macs = 0
+    for node in reversed(program.graph_module.graph.nodes):
+        if node.name not in given and (node.op == "output" or any(user.name in live for user in node.users)):
+            live.add(node.name)
+            macs += count_macs(node)
+    return frozenset(b.name for b in program.blocks if b.name not in loads and live.issuperset(b.values)), macs
+
+
+def cut_graph(program: Program, loads: frozenset[str], emit: Sequence[str]) -> CutGraph:
+    """The graph that is given the blocks ``loads`` and also returns the values of the blocks ``emit``."""
+    given = {value: (name, i) for name in loads for i, value in enumerate(program.block(name).values)}
+    reached: list[tuple[str, int]] = []
+    live: set[str] = set()
+    macs = 0
+    for node in reversed(program.graph_module.graph.nodes):
+        if node.op == "output" or any(user.name in live for user in node.users):
+            if node.name in given:
+                reached.append(given[node.name])
+                continue
+            live.add(node.name)
+            macs += count_macs(node)
+    load = tuple(Load(name, i, 1, ((Slot(name, i, 0), 1.0),)) for name, i in reversed(reached))
+    store = tuple((name, i) for name in emit for i in range(len(program.block(name).values)))
+    return CutGraph(_build(program, load, store, ()), tuple((x.block, x.value) for x in load), macs)
+
+
+def _build(
+    program: Program,
+    load: tuple[Load, ...],
+    store: tuple[tuple[str, int], ...],
+    steps: tuple[int, ...],
+    blend: tuple[Load, ...] = (),
+) -> StepGraph:
     source = program.graph_module
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in source.graph.find_nodes(op="placeholder"):
         values[node] = graph.node_copy(node)
-    loaded, cached, coefficients = _insert_loads(program, graph, load)
+    former = _Former(program, graph, load, blend, values)
     for node in source.graph.nodes:
-        if node.name in loaded:
-            values[node] = loaded[node.name]
+        if node.name in former.loads:
+            values[node] = former.loaded(node.name)
         elif node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, lambda n: values[n])
+            if node.name in former.blends:
+                values[node] = former.blended(node.name, values[node])
     stored = [values[program.node(program.block(block).values[i])] for block, i in store]
     results = [values[n] for n in next(iter(source.graph.find_nodes(op="output"))).args[0]]
-    outputs = _unalias_outputs(graph, results, set(stored) | set(cached))
+    outputs = _unalias_outputs(graph, results, set(stored) | set(former.cached))
     stored = [value if _is_fresh(value) else _clone(graph, value) for value in stored]
     graph.output((*outputs, *stored))
     remove_dead(graph)
@@ -111,38 +180,79 @@ def _build(program: Program, load: tuple[Load, ...], store: tuple[tuple[str, int
     return StepGraph(
         graph_module=module,
         inputs=tuple(used),
-        coefficients=coefficients,
-        load=tuple((x.block, x.value, len(x.terms)) for x in load),
+        coefficients=former.table is not None,
+        load=tuple((x.block, x.value, len(x.slots)) for x in load + blend),
         store=store,
         num_outputs=len(results),
         steps=steps,
     )
 
 
-def _insert_loads(program: Program, graph: fx.Graph, load: tuple[Load, ...]) -> tuple[dict[str, fx.Node], list[fx.Node], bool]:
-    """Cache placeholders and forecasts; {cut value: node}, the placeholders, and whether there are coefficients."""
-    forecasts = [x for x in load if not x.plain]
-    table = graph.placeholder("coefficients") if forecasts else None
-    names = [program.block(x.block).values[x.value] for x in load]
-    cached: list[list[fx.Node]] = []
-    for x, name in zip(load, names, strict=True):
-        cached.append([graph.placeholder(f"cache_{name}_{k}") for k in range(len(x.terms))])
-        for node in cached[-1]:
-            node.meta = dict(program.node(name).meta)
-    loaded: dict[str, fx.Node] = {}
-    offset = 0
+class _Former:
+    """Emits cache placeholders, and the values that are formed from them.
 
-    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return graph.call_function(target, args, kwargs)
+    Args:
+        program: the program.
+        graph: the step graph, with the program's placeholders in it and nothing else.
+        load: cut values that are not computed.
+        blend: cut values that are computed first.
+        inputs: the program's placeholders -> the step graph's.
+    """
 
-    for x, name, stored in zip(load, names, cached, strict=True):
-        if x.plain:
-            loaded[name] = stored[0]
-        else:
-            dtype = program.node(name).meta["val"].dtype
-            loaded[name] = combine(call, stored, table, offset, dtype, _table_dtype(program, forecasts))
-            offset += len(x.terms)
-    return loaded, [node for nodes in cached for node in nodes], bool(forecasts)
+    def __init__(
+        self,
+        program: Program,
+        graph: fx.Graph,
+        load: tuple[Load, ...],
+        blend: tuple[Load, ...],
+        inputs: Mapping[fx.Node, fx.Node],
+    ) -> None:
+        names = {x: program.block(x.block).values[x.value] for x in load + blend}
+        forecasts = [x for x in load + blend if not x.plain]
+        self.graph = graph
+        self.table = graph.placeholder("coefficients") if forecasts else None
+        self.loads = {names[x]: x for x in load}
+        self.blends = {names[x]: x for x in blend}
+        self._present = inputs[program.node(program.input_block.values[0])]
+        self._stored: dict[Load, list[fx.Node]] = {}
+        self._offset: dict[Load, int] = {}
+        self._type = {x: program.node(names[x]).meta["val"].dtype for x in load + blend}
+        self._table_type = _table_dtype(program, forecasts)
+        offset = 0
+        for x in load + blend:
+            self._stored[x] = [graph.placeholder(f"cache_{names[x]}_{k}") for k in range(len(x.slots))]
+            for node in self._stored[x]:
+                node.meta = dict(program.node(names[x]).meta)
+            if not x.plain:
+                self._offset[x] = offset
+                offset += len(x.terms)
+
+    @property
+    def cached(self) -> list[fx.Node]:
+        """Every cache placeholder."""
+        return [node for nodes in self._stored.values() for node in nodes]
+
+    def loaded(self, name: str) -> fx.Node:
+        """The value of a loaded node."""
+        x = self.loads[name]
+        return self._stored[x][0] if x.plain else self._combine(x, None)
+
+    def blended(self, name: str, computed: fx.Node) -> fx.Node:
+        """What takes the place of a node that has just been computed."""
+        return self._combine(self.blends[name], computed)
+
+    def _combine(self, x: Load, computed: fx.Node | None) -> fx.Node:
+        ahead = iter(self._stored[x])
+        sources = []
+        for slot, _ in x.terms:
+            present = computed if slot.block == x.block else self._present
+            sources.append(next(ahead) if slot.step < x.step else present)
+        result = combine(self._call, sources, self.table, self._offset[x], self._type[x], self._table_type)
+        assert isinstance(result, fx.Node)
+        return result
+
+    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
 
 
 def forecast_coefficients(program: Program, load: tuple[Load, ...]) -> torch.Tensor | None:

@@ -59,7 +59,7 @@ MUTATIONS = [
     Mutation(
         "rectify: graphs are shared whatever they load",
         "passes/rectify.py",
-        "return (row.live, tuple((x.block, x.value, x.plain, len(x.terms)) for x in row.load))",
+        "return (row.live, tuple(load.form for load in row.load), tuple(load.form for load in row.blend))",
         "return (row.live,)",
     ),
     Mutation(

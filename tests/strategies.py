@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import fxmask
+from fxmask.mask import INPUT
 
 logging.getLogger("torch.__trace").propagate = False  # else every failure ends in pages of torch's own log
 
@@ -145,16 +146,31 @@ def random_rows(steps: int, blocks: int, rng: random.Random) -> torch.Tensor:
 def random_forecast(
     program: fxmask.Program, compute: torch.Tensor, names: Sequence[str], rng: random.Random
 ) -> fxmask.Forecast | None:
-    """Some loads from one to three earlier steps that compute, at random coefficients. Integers are only reused."""
-    terms: dict[tuple[int, str], tuple[tuple[int, float], ...]] = {}
+    """Some loads from one to three earlier steps that compute, at random coefficients. Integers are only reused.
+
+    Where shapes allow it, other blocks and the sample are read as well.
+    """
+    terms: dict[tuple[int, str], tuple[fxmask.mask.Term, ...]] = {}
+
+    def shapes(name: str) -> list[tuple[object, object]]:
+        values = [program.node(value).meta["val"] for value in program.block(name).values]
+        return [(value.shape, value.dtype) for value in values]
+
     for b, name in enumerate(names):
         if not all(program.node(value).meta["val"].is_floating_point() for value in program.block(name).values):
             continue
         for step in range(compute.shape[0]):
-            if compute[step, b] or rng.random() < 0.6:
+            if rng.random() < (0.9 if compute[step, b] else 0.6):
                 continue
             earlier = compute[:step, b].nonzero().flatten().tolist()
-            sources = rng.sample(earlier, rng.randint(1, min(3, len(earlier))))
+            sources: list[fxmask.mask.Source] = list(rng.sample(earlier, min(rng.randint(1, 3), len(earlier))))
+            if compute[step, b]:  # a blend
+                sources.append(step)
+            if rng.random() < 0.4 and shapes(name) == shapes(INPUT):
+                sources += [(INPUT, at) for at in rng.sample(range(step + 1), rng.randint(1, min(2, step + 1)))]
+            for c, other in enumerate(names):
+                if other != name and rng.random() < 0.2 and shapes(other) == shapes(name):
+                    sources += [(other, at) for at in compute[:step, c].nonzero().flatten().tolist()[-1:]]
             terms[step, name] = tuple((s, rng.choice([1.0, 0.5, -0.25, round(rng.uniform(-1, 1), 3)])) for s in sources)
     return fxmask.Forecast(terms) if terms else None
 

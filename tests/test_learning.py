@@ -1,127 +1,310 @@
-"""Learning: outcomes are met, budgets are exact, the same seed gives the same mask."""
+"""The default learner: outcomes are met, plans beat what they contain, and learning can stop, resume and be shared."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from conftest import ddim, tiny_unet
+from conftest import ddim, labels, tiny_dit, tiny_unet
 
 import fxmask
-from fxmask import OutcomeError
-from fxmask.learning import Budget, Outcome, PaperOptions, rollout_error, step_weights
+from fxmask import InputError, MaskError, OutcomeError
+from fxmask.candidates import Level, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
+from fxmask.learning import EFFORTS, Effort, Limits, Search
+from fxmask.mask import INPUT
 from fxmask.metrics import psnr, relative_error
+from fxmask.outcome import Outcome
+from fxmask.student import Schedule, Student
 
-QUICK = PaperOptions(epochs=3)
-
-
-@pytest.mark.parametrize("outcome", [{"speedup": 2.0}, {"speedup": 1.3}, {"macs": 0.4}])
-def test_outcome_is_met_after_rectification(dit_trajectory, dit_program, outcome):
-    _, trajectory = dit_trajectory
-    mask = fxmask.learn(dit_program, trajectory, **outcome, options=QUICK)
-    plan = fxmask.rectify(dit_program, mask)
-    wanted = outcome.get("speedup") or 1 / outcome["macs"]
-    assert plan.mac_ratio == pytest.approx(wanted, rel=0.03)
-    assert mask.timesteps == trajectory.timesteps
-    assert set(mask.blocks) == {b.name for b in dit_program.branches}
+SMALL = Effort(units=30, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
 
 
-def test_same_seed_same_mask(dit_trajectory, dit_program):
-    _, trajectory = dit_trajectory
-    masks = [fxmask.learn(dit_program, trajectory, speedup=1.5, seed=seed, options=QUICK) for seed in (0, 0, 1)]
-    assert masks[0] == masks[1]
-    assert masks[0] != masks[2]
+@pytest.fixture(autouse=True)
+def small_effort(monkeypatch):
+    monkeypatch.setitem(EFFORTS, "default", SMALL)
 
 
-@pytest.mark.parametrize("max_graphs", [2, 3, 4])
-def test_max_graphs(unet_trajectory, unet_program, max_graphs):
-    _, trajectory = unet_trajectory
-    mask = fxmask.learn(unet_program, trajectory, speedup=1.5, max_graphs=max_graphs, options=QUICK)
-    plan = fxmask.rectify(unet_program, mask)
-    assert plan.distinct_graphs <= max_graphs
-    assert plan.mac_ratio == pytest.approx(1.5, rel=0.03)
+@pytest.fixture(scope="module")
+def dit():
+    """A tiny DiT, its program, and three deterministic runs of 8 steps."""
+    model = tiny_dit()
+    runs = [fxmask.record(model, ddim(), 8, 2, labels, None, seed) for seed in range(3)]
+    return fxmask.capture(model, runs[0].calls[0][0]), runs
 
 
-def test_learning_beats_chance(dit_trajectory, dit_program):
-    """The learned mask is better than the mean of random masks of the same cost."""
-    _, trajectory = dit_trajectory
-    learned = fxmask.learn(dit_program, trajectory, speedup=1.4)
-    budget = Budget.of(dit_program, trajectory.num_steps)
-    errors = []
-    for seed in range(8):
-        rank = torch.rand(learned.compute.shape, generator=torch.Generator().manual_seed(seed))
-        rows = budget.project(rank, 1 / 1.4, None, 0)
-        errors.append(rollout_error(dit_program, fxmask.Mask(rows, learned.timesteps, learned.blocks), trajectory))
-    assert rollout_error(dit_program, learned, trajectory) < sum(errors) / len(errors)
-
-
-def test_max_error_is_kept(unet_trajectory, unet_program):
-    _, trajectory = unet_trajectory
-    loose = fxmask.learn(unet_program, trajectory, max_error=0.5, options=QUICK)
-    tight = fxmask.learn(unet_program, trajectory, max_error=0.01, options=QUICK)
-    assert rollout_error(unet_program, loose, trajectory) <= 0.5
-    assert rollout_error(unet_program, tight, trajectory) <= 0.01
-    assert fxmask.rectify(unet_program, tight).mac_ratio <= fxmask.rectify(unet_program, loose).mac_ratio
-
-
-def test_program_of_another_batch_size(dit_trajectory, dit_program):
-    model, _ = dit_trajectory
-    generator = torch.Generator().manual_seed(0)
-    conditioning = {"class_labels": torch.randint(10, (3,), generator=generator)}
-    trajectory = fxmask.record(model, ddim(), 4, 3, conditioning)
-    mask = fxmask.learn(dit_program, trajectory, speedup=1.5, options=QUICK)
-    assert fxmask.rectify(dit_program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
-
-
-def test_interrupted_learning_keeps_what_it_has(dit_trajectory, dit_program, monkeypatch, caplog):
-    _, trajectory = dit_trajectory
-    from fxmask import learning
-
-    steps = 0
-    original = learning._step
-
-    def interrupt(*args, **kwargs):
-        nonlocal steps
-        steps += 1
-        if steps > 9:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(learning, "_step", interrupt)
-    mask = fxmask.learn(dit_program, trajectory, speedup=1.5)
-    assert "interrupted" in caplog.text
-    assert fxmask.rectify(dit_program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
-
-
-def test_step_weights_are_those_of_the_paper(unet_trajectory):
-    """Eq. 9 and 10, on outputs made so that delta / max delta is 1, 0.55, 0.3, 0.05."""
-    import dataclasses
-
-    _, trajectory = unet_trajectory
-    e0 = torch.tensor([[0.0, 10.0]])
-
-    def change(e: torch.Tensor, delta: float) -> torch.Tensor:  # ||e' - e|| / ||e'|| = delta, orthogonal to a long e
-        return e / (1 - delta)
-
-    outputs = [e0]
-    for delta in (0.4, 0.22, 0.12, 0.02):
-        outputs.append(change(outputs[-1], delta))
-    weights = step_weights(dataclasses.replace(trajectory, outputs=tuple((e,) for e in outputs)))
-    assert weights.tolist() == [1.0, 1.0, 1.0, 1.5, 2.0]
-
-
-def test_memory_of_a_soft_step_is_one_step():
-    """Caches carry no graph from one step to the next."""
-    from fxmask import learning
-    from fxmask.passes.insert_soft_mask import insert_soft_mask
-
+@pytest.fixture(scope="module")
+def unet():
+    """A tiny U-Net, its program, and three stochastic runs of 8 steps."""
     model = tiny_unet()
-    trajectory = fxmask.record(model, ddim(), 3, 2)
-    program = fxmask.capture(model, trajectory.calls[0][0])
-    soft = insert_soft_mask(program, program.branches)
-    inputs = tuple(program.signature.bind((), dict(trajectory.calls[0][0])).tensors.values())
-    scores = torch.full((len(soft.blocks),), 0.7, requires_grad=True)
-    _, caches, _ = learning._step(soft, inputs, scores, soft.empty_caches(program), trajectory.outputs[0][0], False)
-    assert all(not cache.requires_grad for cache in caches)
+    runs = [fxmask.record(model, ddim(), 8, 2, None, {"eta": 1.0}, seed) for seed in range(3)]
+    return fxmask.capture(model, runs[0].calls[0][0]), runs
+
+
+@pytest.mark.parametrize("outcome", [{"speedup": 2.0}, {"speedup": 1.37}, {"macs": 0.4}])
+@pytest.mark.parametrize("family", ["dit", "unet"])
+def test_outcome_is_met_after_rectification(family, outcome, request):
+    program, runs = request.getfixturevalue(family)
+    mask = fxmask.learn(program, runs, **outcome)
+    wanted = outcome.get("speedup") or 1 / outcome["macs"]
+    assert fxmask.rectify(program, mask).mac_ratio == pytest.approx(wanted, rel=0.03)
+    assert mask.timesteps == runs[0].timesteps
+
+
+def test_student_rollout_is_the_accelerated_model(dit, unet):
+    """What learning scores is what will run: forecasts, samples and all."""
+    for program, runs in (dit, unet):
+        student = Student(program, runs[:1])
+        for level in levels_of(student, 2):
+            schedule = evenly(student, level, 0.6)
+            if schedule is None:
+                continue
+            rolled = student.rollout(schedule)
+            mask = student.mask(schedule, rolled.coefficients)
+            plan = fxmask.rectify(program, mask)
+            assert 1 / plan.mac_ratio == pytest.approx(student.spent(schedule), rel=1e-9)
+            final = runs[0].rollout(fxmask.compile(program, plan, "eager"))
+            assert torch.allclose(final, rolled.finals[0], rtol=1e-3, atol=1e-4), level
+
+
+def test_blends_run_as_they_were_rolled_out(unet):
+    program, runs = unet
+    student = Student(program, runs[:1])
+    level = next(x for x in levels_of(student, 2) if x.name == "branches")
+    loads = tuple(level.loads if i % 2 else frozenset() for i in range(8))
+    schedule = Schedule(loads, 2, 2, blend=True)
+    rolled = student.rollout(schedule)
+    mask = student.mask(schedule, rolled.coefficients)
+    assert any(mask.blends(i, "output") for i in range(8))
+    final = runs[0].rollout(fxmask.compile(program, fxmask.rectify(program, mask), "eager"))
+    assert torch.allclose(final, rolled.finals[0], rtol=1e-3, atol=1e-4)
+
+
+def test_partial_rollouts_are_whole_ones(dit):
+    program, runs = dit
+    student = Student(program, runs[:2])
+    level = next(x for x in levels_of(student, 0) if x.name == "output" and x.history == 3)
+    schedule = evenly(student, level, 0.5)
+    base = student.rollout(schedule, keep=True)
+    terms = {key: value for key, value in base.coefficients.items() if key[0] >= 5}
+    moved = {**base.coefficients, **{key: tuple((s, 1.1 * c) for s, c in value) for key, value in terms.items()}}
+    whole, part = student.rollout(schedule, moved), student.rollout(schedule, moved, base, 5)
+    assert all(torch.equal(a, b) for a, b in zip(whole.finals, part.finals, strict=True))
+
+
+def test_fitted_forecast_beats_reuse_and_refinement_beats_both(dit):
+    program, runs = dit
+    student = Student(program, runs)
+    plain, fitted = (evenly(student, x, 0.5) for x in levels_of(student, 0) if x.name == "output")
+    held, forecast = student.score(student.rollout(plain)), student.rollout(fitted)
+    assert student.score(forecast) < held - 1
+    _, refined = student.refine(fitted, forecast.coefficients, rounds=1)
+    assert refined <= student.score(forecast)
+
+
+def test_samples_are_read_with_a_stochastic_sampler(unet):
+    program, runs = unet
+    student = Student(program, runs)
+    level = next(x for x in levels_of(student, 2) if x.name == "output" and x.history == 3)
+    schedule = evenly(student, level, 0.5)
+    with_samples, without = (student.score(student.rollout(Schedule(schedule.loads, 3, k))) for k in (2, 0))
+    assert with_samples < without
+    mask = student.mask(schedule, student.rollout(schedule).coefficients)
+    assert any(isinstance(s, tuple) and s[0] == INPUT for terms in mask.forecast.terms.values() for s, _ in terms)
+
+
+def test_placing_is_optimal_for_measured_runs(dit):
+    """Dynamic programming against every placement of full steps."""
+    import itertools
+
+    from fxmask.candidates import _run_error
+
+    program, runs = dit
+    student = Student(program, runs[:1])
+    level = next(x for x in levels_of(student, 0) if x.name == "output" and x.history == 1)
+    table = measure_runs(student, level, 4)
+    found = place(student, [(level, table)], 0.5)
+
+    def error(full):
+        return sum(_run_error(table, a + 1, b - a - 1) for a, b in itertools.pairwise((*full, 8)))
+
+    best = min(((0, *rest) for rest in itertools.combinations(range(1, 8), 3)), key=error)
+    assert error([i for i, loads in enumerate(found.loads) if not loads]) == pytest.approx(error(best))
+
+
+def test_probes_estimate_the_error_of_a_stale_block(dit):
+    """To first order: the mean square of probes against the measured change of the output, for a small change."""
+    program, runs = dit
+    student = Student(program, [runs[0]])
+    names = [b.name for b in program.branches]
+    probes = measure_probes(student, names)
+    assert probes.shape == (8, 2 * 2, len(names), 8)
+    assert float(probes[0].abs().max()) == 0.0
+    assert float(probes[1:].abs().max()) > 0.0
+    level = Level("branches", frozenset(names), 1, 0)
+    schedule = place_blocks(student, probes, names, measure_runs(student, level, 3), 0.6)
+    assert schedule is not None
+    assert student.spent(schedule) == pytest.approx(0.6, rel=0.15)
+    assert not schedule.loads[0]
+
+
+def test_same_seed_same_mask(dit):
+    program, runs = dit
+    a, b = (fxmask.learn(program, runs, speedup=1.8, seed=3) for _ in range(2))
+    assert a == b
+
+
+def test_never_worse_than_what_it_contains(dit):
+    program, runs = dit
+    student = Student(program, runs)
+    mask = fxmask.learn(program, runs, speedup=2.0)
+    accelerated = fxmask.compile(program, fxmask.rectify(program, mask), "eager")
+    learned = torch.cat([psnr(t.rollout(accelerated), t.final) for t in runs]).mean()
+    for level in levels_of(student, 0):
+        schedule = evenly(student, level, 0.5)
+        if schedule is not None and abs(student.spent(schedule) - 0.5) < 0.015:
+            fixed = student.rollout(schedule)
+            quality = torch.cat([psnr(x, t.final) for x, t in zip(fixed.finals, runs, strict=True)]).mean()
+            assert learned >= quality - 0.5, level
+
+
+@pytest.mark.parametrize("max_graphs", [2, 4])
+def test_max_graphs(unet, max_graphs):
+    program, runs = unet
+    plan = fxmask.rectify(program, fxmask.learn(program, runs, speedup=2.0, max_graphs=max_graphs))
+    assert plan.distinct_graphs <= max_graphs
+    assert plan.mac_ratio == pytest.approx(2.0, rel=0.03)
+
+
+def test_max_cache_bytes(unet):
+    program, runs = unet
+    free = fxmask.rectify(program, fxmask.learn(program, runs, speedup=2.0))
+    bound = 2 * program.block("output").bytes * program.batch_size
+    tight = fxmask.rectify(program, fxmask.learn(program, runs, speedup=2.0, max_cache_bytes=bound))
+    assert tight.peak_cache_bytes <= bound
+    assert tight.peak_cache_bytes <= free.peak_cache_bytes
+    with pytest.raises(OutcomeError, match="cannot be met"):
+        fxmask.learn(program, runs, speedup=2.0, max_cache_bytes=1)
+
+
+def test_max_error_is_kept_on_held_out_noise(dit):
+    program, runs = dit
+    loose = fxmask.learn(program, runs, max_error=0.5)
+    tight = fxmask.learn(program, runs, max_error=0.02)
+    plans = [fxmask.rectify(program, mask) for mask in (loose, tight)]
+    errors = []
+    for plan in plans:
+        final = runs[-1].rollout(fxmask.compile(program, plan, "eager"))
+        errors.append(float((final - runs[-1].final).norm() / runs[-1].final.norm()))
+    assert errors[0] <= 0.5 * 1.01
+    assert errors[1] <= 0.02 * 1.01
+    assert plans[0].mac_ratio >= plans[1].mac_ratio
+
+
+def test_pareto_shares_what_is_measured(dit, monkeypatch):
+    from fxmask import learning
+
+    program, runs = dit
+    counts = []
+    measured = learning.measure_runs
+    monkeypatch.setattr(
+        learning, "measure_runs", lambda student, level, *a: counts.append(level) or measured(student, level, *a)
+    )
+    points = fxmask.pareto(program, runs, (1.5, 2.5))
+    assert [p.mac_ratio for p in points] == pytest.approx([1.5, 2.5], rel=0.03)
+    assert points[0].decibels < points[1].decibels
+    assert len(counts) == len(set(counts)), "no level is measured twice"
+    assert all(p.mask.timesteps == runs[0].timesteps for p in points)
+
+
+def test_pareto_plot(dit, tmp_path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from fxmask.report import draw_pareto
+
+    program, runs = dit
+    figure, axes = plt.subplots()
+    draw_pareto(fxmask.pareto(program, runs, (1.5, 2.0), effort="quick"), axes)
+    figure.savefig(tmp_path / "pareto.png")
+    plt.close(figure)
+    assert (tmp_path / "pareto.png").stat().st_size > 1000
+
+
+def test_one_trajectory_is_enough(dit):
+    program, runs = dit
+    mask = fxmask.learn(program, runs[0], speedup=2.0, effort="quick")
+    assert fxmask.rectify(program, mask).mac_ratio == pytest.approx(2.0, rel=0.03)
+
+
+def test_quick_effort_keeps_its_promise(dit):
+    program, runs = dit
+    search = Search(program, runs, EFFORTS["quick"], Limits(), 0, False)
+    assert search.best(0.5).units <= EFFORTS["quick"].units + 2
+
+
+def test_interrupted_learning_returns_the_best_so_far(dit, monkeypatch, caplog):
+    program, runs = dit
+    original, count = Student.rollout, 0
+
+    def interrupt(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Student, "rollout", interrupt)
+    mask = fxmask.learn(program, runs, speedup=2.0)
+    assert "interrupted" in caplog.text
+    assert fxmask.rectify(program, mask).mac_ratio == pytest.approx(2.0, rel=0.03)
+
+
+def test_checkpoint_resumes_to_the_same_mask(dit, tmp_path, monkeypatch):
+    program, runs = dit
+    whole = fxmask.learn(program, runs, speedup=2.0)
+    path = tmp_path / "learning.json"
+    original, count = Student.rollout, 0
+
+    def fail(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 12:
+            raise RuntimeError("the machine went down")
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Student, "rollout", fail)
+        with pytest.raises(RuntimeError, match="went down"):
+            fxmask.learn(program, runs, speedup=2.0, checkpoint=path)
+    measured = len(json.loads(path.read_text())["entries"])
+    assert measured > 2
+    rollouts = 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal rollouts
+        rollouts += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Student, "rollout", counted)
+    assert fxmask.learn(program, runs, speedup=2.0, checkpoint=path) == whole
+    resumed, rollouts = rollouts, 0
+    assert fxmask.learn(program, runs, speedup=2.0) == whole
+    assert resumed < rollouts
+    with pytest.raises(InputError, match="another run"):
+        fxmask.learn(program, runs, speedup=2.0, seed=5, checkpoint=path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        fxmask.learn(program, runs, speedup=2.0, checkpoint=path)
+
+
+def test_fewer_steps_that_are_better_are_pointed_out(dit, monkeypatch, caplog):
+    program, runs = dit
+    monkeypatch.setattr(Student, "score_of", lambda self, others: -1000.0)
+    fxmask.learn(program, runs, speedup=2.0, effort="quick")
+    assert "num_inference_steps=4" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -139,26 +322,35 @@ def test_bad_outcomes(arguments, message):
         Outcome(**arguments)
 
 
-def test_unreachable_speedup_says_what_is_reachable(dit_trajectory, dit_program):
-    _, trajectory = dit_trajectory
-    with pytest.raises(OutcomeError, match=r"speedup=1000.*out of reach.*speedup=\d+\.\d+ .*is the most"):
-        fxmask.learn(dit_program, trajectory, speedup=1000)
+@pytest.mark.parametrize("arguments", [{"learner": "magic"}, {"effort": "none"}])
+def test_unknown_choices(dit, arguments):
+    program, runs = dit
+    with pytest.raises(InputError, match="choose one of"):
+        fxmask.learn(program, runs, **arguments)
 
 
-def test_no_branches_is_an_error():
-    class Plain(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(4, 4)
+def test_unreachable_speedup_says_what_is_reachable(dit):
+    program, runs = dit
+    with pytest.raises(OutcomeError, match=r"speedup=1000.*out of reach.*speedup=\d.* is the most"):
+        fxmask.learn(program, runs, speedup=1000)
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.linear(x)
 
-    model = Plain().eval()
-    trajectory = fxmask.record(model, ddim(), 3, 2, {"x": torch.randn(2, 4)})
-    program = fxmask.capture(model, trajectory.calls[0][0])
-    with pytest.raises(OutcomeError, match="no residual branch"):
-        fxmask.learn(program, trajectory)
+def test_trajectories_must_agree(dit):
+    program, runs = dit
+    other = fxmask.record(program.model, ddim(), 6, 2, labels)
+    with pytest.raises(InputError, match="different timesteps"):
+        fxmask.learn(program, [runs[0], other, runs[1]], effort="quick")
+    with pytest.raises(InputError, match="at least one"):
+        fxmask.learn(program, [])
+
+
+def test_forecast_of_a_value_of_another_shape_is_refused(dit):
+    program, runs = dit
+    name = program.branches[0].name
+    rows = [[True], [False], *[[True]] * 6]
+    mask = fxmask.Mask(rows, runs[0].timesteps, (name,), {(1, name): (((INPUT, 1), 1.0), (0, 0.5))})
+    with pytest.raises(MaskError, match="is needed"):
+        fxmask.rectify(program, mask)
 
 
 def test_metrics():

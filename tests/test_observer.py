@@ -135,17 +135,14 @@ def test_bisection_to_an_optimisation(tiny, monkeypatch, caplog):
 
 def test_bisection_to_a_mask_entry(tiny, monkeypatch):
     """A wrong value of one block, whatever the optimisations."""
-    original = specialize._insert_loads
+    original = specialize._Former.loaded
     victim = tiny.branches[2]
 
-    def wrong(program, graph, load):
-        loaded, cached, coefficients = original(program, graph, load)
-        for name in victim.values:
-            if name in loaded:
-                loaded[name] = graph.call_function(torch.ops.aten.mul.Tensor, (loaded[name], 1.5))
-        return loaded, cached, coefficients
+    def wrong(former, name):
+        value = original(former, name)
+        return former.graph.call_function(torch.ops.aten.mul.Tensor, (value, 1.5)) if name in victim.values else value
 
-    monkeypatch.setattr(specialize, "_insert_loads", wrong)
+    monkeypatch.setattr(specialize._Former, "loaded", wrong)
     found = diagnose(tiny, every_other(tiny), make_calls())
     assert found is not None
     assert found.culprit is None

@@ -33,7 +33,7 @@ from torch import fx
 
 import fxmask
 from fxmask.executor import Executor, GraphStore
-from fxmask.mask import Slot
+from fxmask.mask import INPUT, Slot
 from fxmask.passes.count_macs import count_macs
 from fxmask.passes.insert_soft_mask import SoftGraph, insert_soft_mask
 from fxmask.passes.specialize import specialize
@@ -217,15 +217,16 @@ def check_stored_before_loaded(pair: Pair) -> None:
         plan = fxmask.rectify(pair.program, pair.mask, start)
         held: set[Slot] = set()
         for i, step in enumerate(plan.steps[start:], start):
-            reads = {slot for load in step.load for slot in load.slots}
+            reads = {slot for load in step.formed for slot in load.slots}
             assert reads <= held
-            assert all(slot.block in plan.steps[slot.step].compute and slot.step < i for slot in reads)
-            assert {block for block, _ in step.store} <= step.compute
+            computed = {slot for slot in reads if slot.block != INPUT}
+            assert all(slot.block in plan.steps[slot.step].compute and slot.step < i for slot in computed)
+            assert {block for block, _ in step.store} - {INPUT} <= step.compute
             assert set(step.store) <= set(step.emit)
             held |= {Slot(block, value, i) for block, value in step.store}
             assert set(step.drop) <= held
             held -= set(step.drop)
-            later = {slot for other in plan.steps[i + 1 :] for load in other.load for slot in load.slots}
+            later = {slot for other in plan.steps[i + 1 :] for load in other.formed for slot in load.slots}
             assert held == {slot for slot in later if slot.step <= i}
         assert not held
 
@@ -258,7 +259,7 @@ def _is_read(node: fx.Node, loaded: set[str], stored: set[str]) -> bool:
 def check_few_graphs(pair: Pair) -> None:
     """No more graphs than distinct (compute, load, store), and each graph holds exactly the MACs that its steps claim."""
     plan = fxmask.rectify(pair.program, pair.mask)
-    rows = {(step.compute, step.load, step.store) for step in plan.steps}
+    rows = {(step.compute, step.load, step.blend, step.store) for step in plan.steps}
     assert plan.distinct_graphs <= len(rows)
     weights = {node.name: count_macs(node) for node in pair.program.graph_module.graph.nodes}
     graphs = specialize(pair.program, plan)

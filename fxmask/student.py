@@ -1,0 +1,471 @@
+"""The student: the denoiser with some blocks formed instead of computed, on its own rollouts.
+
+A ``Schedule`` says which blocks each step forms from earlier values; ``Coefficients`` say how. A block that is formed at
+step ``i`` reads the last K steps at which it was fresh, i.e. computed and live:
+
+    v_b(i) ~ sum_k c[i, b, k] * source_k        sources: v_b at fresh steps; for whole outputs also the noisy samples
+
+Coefficients are fitted in two ways. ``fit=True`` solves, step by step along the student's own rollout, the ridge least
+squares problem whose target is what the block would have computed there (closed form, shrunk towards plain reuse).
+``refine`` then minimises the error of the final samples itself by Gauss-Newton, with derivatives by finite differences
+of partial rollouts; there are only a few dozen coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxmask.distributed import Group
+from fxmask.errors import InputError
+from fxmask.mask import INPUT, Forecast, Mask, Source
+from fxmask.passes.rectify import rectify
+from fxmask.passes.specialize import CutGraph, cut_graph, live_under
+from fxmask.program import Block, Program
+from fxmask.tracing import recapture
+from fxmask.trajectory import Loop, Trajectory
+
+RIDGE = 1e-5  # of the mean square of the sources
+STEP = 1e-2  # of finite differences in the coefficients; values are combined with coefficients around 1
+DAMPING = (1e-4, 1e-2, 1e-1, 1.0)  # tried at once, the best is taken
+
+Terms = tuple[tuple[Source, float], ...]
+Coefficients = Mapping[tuple[int, str], Terms]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which blocks each step forms instead of computing them.
+
+    Attributes:
+        loads: T sets of block names; the first is empty.
+        history: K, how many fresh values a forecast may read.
+        samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any,
+            the sampler is stochastic, and blocks that cannot read samples are reused as they are.
+        blend: whether steps that form some blocks, but not the output, blend the output with earlier ones and samples.
+        kind: where the schedule came from, for reports.
+    """
+
+    loads: tuple[frozenset[str], ...]
+    history: int = 3
+    samples: int = 0
+    blend: bool = False
+    kind: str = field(default="", compare=False)
+
+    @functools.cached_property
+    def formed(self) -> frozenset[str]:
+        """Every block that some step forms."""
+        return frozenset().union(*self.loads)
+
+
+@dataclass
+class Rollout:
+    """What a rollout leaves behind.
+
+    Attributes:
+        finals: final samples of each trajectory, ``[B, ...]``.
+        coefficients: those that were used.
+        outputs: per trajectory the prediction of every call, in order.
+        stored: per trajectory and lane, ``{(block, value index, step): value}``.
+    """
+
+    finals: list[torch.Tensor]
+    coefficients: dict[tuple[int, str], Terms]
+    outputs: list[list[torch.Tensor]]
+    stored: list[dict[int, dict[tuple[str, int, int], torch.Tensor]]]
+
+
+class Student:
+    """Rolls schedules out on recorded noise.
+
+    Args:
+        program: the captured denoiser; captured again if the trajectories have another shape.
+        trajectories: recorded runs of one shape and one sampler. With several ranks, this rank's share.
+        group: of ranks that learn together.
+
+    Attributes:
+        units: work done so far, in full sampling runs of all the trajectories.
+    """
+
+    def __init__(self, program: Program, trajectories: Sequence[Trajectory], group: Group | None = None) -> None:
+        self.trajectories = list(trajectories)
+        self.group = group or Group.single()
+        first = self.trajectories[0]
+        bound = program.signature.bind((), dict(first.calls[0][0]))
+        self.program = program if bound.key == program.example.key else recapture(program, bound)
+        if any(t.timesteps != first.timesteps or t.order != first.order for t in self.trajectories):
+            raise InputError("the trajectories have different timesteps; record all of them with one scheduler")
+        self.num_steps = first.num_steps
+        self.order = first.order
+        self.units = 0.0
+        self._graphs: dict[Any, CutGraph] = {}
+        self._live: dict[frozenset[str], frozenset[str]] = {}
+        self._costs: dict[frozenset[str], int] = {}
+
+        outputs = output_blocks(self.program)
+        self.output = outputs[0].name if len(outputs) == 1 and len(outputs[0].values) == 1 else None
+
+    # What a schedule costs and means
+
+    def universe(self, schedule: Schedule) -> frozenset[str]:
+        """Every block whose values the schedule stores or forms."""
+        blended = schedule.blend and self.output is not None and any(self._blends(schedule, loads) for loads in schedule.loads)
+        return schedule.formed | ({self.output} if blended and self.output else frozenset())
+
+    def _blends(self, schedule: Schedule, loads: frozenset[str]) -> bool:
+        return schedule.blend and bool(loads) and self.output is not None and self.output in self.fresh(loads)
+
+    def cost(self, loads: frozenset[str]) -> float:
+        """Share of the full MACs that a step spends when it forms ``loads``."""
+        if loads not in self._costs:
+            self._live[loads], self._costs[loads] = live_under(self.program, loads)
+        return self._costs[loads] / max(1, self.program.macs)
+
+    def spent(self, schedule: Schedule) -> float:
+        """Share of the full run's MACs that a schedule spends."""
+        return sum(self.cost(loads) for loads in schedule.loads) / self.num_steps
+
+    def fresh(self, loads: frozenset[str]) -> frozenset[str]:
+        """Blocks that a step with these loads computes."""
+        self.cost(loads)
+        return self._live[loads]
+
+    def sources(self, schedule: Schedule, step: int, block: str) -> list[Source]:
+        """What a forecast of ``block`` may read at ``step``, the latest first."""
+        history = 1 if schedule.samples and not self.reads_samples(block) else schedule.history
+        steps = [j for j in reversed(range(step)) if block in self.fresh(schedule.loads[j])][:history]
+        sources: list[Source] = list(steps)
+        if block in self.fresh(schedule.loads[step]):
+            sources = [step, *sources]  # a blend
+        if schedule.samples and self.reads_samples(block):
+            sources += [(INPUT, j) for j in (step, *steps)[: schedule.samples]]
+        return sources
+
+    def reads_samples(self, name: str) -> bool:
+        """Whether the block's value has the shape of the sample, so that a forecast may read samples."""
+        block, program = self.program.block(name), self.program
+        value, sample = (program.node(b.values[0]).meta["val"] for b in (block, program.input_block))
+        return block.kind == "output" and len(block.values) == 1 and value.shape == sample.shape and value.dtype == sample.dtype
+
+    def mask(self, schedule: Schedule, coefficients: Coefficients) -> Mask:
+        """The schedule as a mask of the program."""
+        names = tuple(block.name for block in self.program.blocks if block.name in self.universe(schedule))
+        rows = [[name in self.fresh(loads) for name in names] for loads in schedule.loads]
+        terms = {key: value for key, value in coefficients.items() if not _is_plain(schedule, self, key, value)}
+        compute = torch.tensor(rows, dtype=torch.bool).reshape(self.num_steps, len(names))
+        return Mask(
+            compute,
+            self.trajectories[0].timesteps,
+            names,
+            Forecast(terms) if terms else None,
+            self.program.fingerprint,
+        )
+
+    def peak_bytes(self, schedule: Schedule, coefficients: Coefficients) -> int:
+        """Largest number of cached bytes per sample and lane."""
+        return rectify(self.program, self.mask(schedule, coefficients)).peak_cache_bytes // max(1, self.program.batch_size)
+
+    # Rolling out
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        schedule: Schedule,
+        coefficients: Coefficients | None = None,
+        base: Rollout | None = None,
+        start: int = 0,
+        keep: bool = False,
+    ) -> Rollout:
+        """Sample with the schedule.
+
+        Args:
+            schedule: what each step forms.
+            coefficients: how; those that are missing are fitted along the way.
+            base: a rollout with ``keep=True`` that agrees with this one before step ``start``.
+            start: the first step that is computed; outputs before it are taken from ``base``.
+            keep: whether to keep what later partial rollouts need.
+        """
+        loops = [t.loop() for t in self.trajectories]
+        used: dict[tuple[int, str], Terms] = dict(coefficients or {})
+        outputs: list[list[torch.Tensor]] = [[] for _ in loops]
+        stored: list[dict[int, dict[tuple[str, int, int], torch.Tensor]]] = [{} for _ in loops]
+        if base is not None:
+            for mine, theirs in zip(stored, base.stored, strict=True):
+                mine.update({lane: {k: v for k, v in cache.items() if k[2] < start} for lane, cache in theirs.items()})
+        calls = [next(loop) for loop in loops]
+        finals: list[torch.Tensor] = []
+        try:
+            for position, (step, lane) in enumerate(self.order):
+                if step < start and base is not None:
+                    results = [kept[position] for kept in base.outputs]
+                else:
+                    caches = [s.setdefault(lane, {}) for s in stored]
+                    results = self._step(schedule, step, lane, calls, caches, used)
+                    if not keep and lane == len(self.trajectories[0].calls[step]) - 1:
+                        self._drop(schedule, step, stored)
+                if keep:
+                    for kept_outputs, result in zip(outputs, results, strict=True):
+                        kept_outputs.append(result)
+                calls, finals = _send(loops, results)
+        finally:
+            for loop in loops:
+                loop.close()
+        return Rollout(finals, used, outputs, stored)
+
+    def _step(
+        self,
+        schedule: Schedule,
+        step: int,
+        lane: int,
+        calls: Sequence[Mapping[str, Any]],
+        caches: Sequence[dict[tuple[str, int, int], torch.Tensor]],
+        used: dict[tuple[int, str], Terms],
+    ) -> list[torch.Tensor]:
+        """One call of every trajectory."""
+        loads = schedule.loads[step]
+        inputs = [list(self.program.signature.bind((), dict(call)).tensors.values()) for call in calls]
+        if schedule.samples and self.output is not None:
+            place = self.program.inputs.index(self.program.signature.sample)
+            for cache, tensors in zip(caches, inputs, strict=True):
+                cache[INPUT, 0, step] = tensors[place]
+        missing = [name for name in sorted(loads) if (step, name) not in used]
+        if missing:
+            used.update(self._fit(schedule, step, missing, inputs, caches))
+        universe = self.universe(schedule)
+        emit = tuple(b.name for b in self.program.blocks if b.name in universe and b.name in self.fresh(loads))
+        graph = self._graph(loads, emit)
+        results = []
+        self.count(graph.macs)
+        for tensors, cache in zip(inputs, caches, strict=True):
+            formed = [self._form(block, i, used[step, block], cache) for block, i in graph.load]
+            produced = graph(tensors, formed)
+            for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
+                cache[block, i, step] = value
+            results.append(produced[0])
+        if self._blends(schedule, loads) and self.output is not None:
+            if (step, self.output) not in used:
+                used.update(self._fit(schedule, step, [self.output], inputs, caches))
+            for n, cache in enumerate(caches):
+                results[n] = cache[self.output, 0, step] = self._form(self.output, 0, used[step, self.output], cache)
+        return results
+
+    def _form(self, block: str, i: int, terms: Terms, cache: Mapping[tuple[str, int, int], torch.Tensor]) -> torch.Tensor:
+        values = [cache[_slot(source, block, i)] for source, _ in terms]
+        if len(terms) == 1 and terms[0][1] == 1.0:
+            return values[0]
+        total = sum(v.to(_wide(v.dtype)) * c for v, (_, c) in zip(values, terms, strict=True))
+        assert isinstance(total, torch.Tensor)
+        return total.to(values[0].dtype)
+
+    def _fit(
+        self,
+        schedule: Schedule,
+        step: int,
+        blocks: Sequence[str],
+        inputs: Sequence[list[torch.Tensor]],
+        caches: Sequence[Mapping[tuple[str, int, int], torch.Tensor]],
+    ) -> dict[tuple[int, str], Terms]:
+        """Coefficients of some blocks at one step, from what the full network computes there. The first lane decides."""
+        sources = {name: self.sources(schedule, step, name) for name in blocks}
+        fitted: dict[tuple[int, str], Terms] = {
+            (step, name): ((s[0], 1.0),)
+            for name, s in sources.items()
+            if len(s) == 1 and (schedule.history == 1 or (schedule.samples and not self.reads_samples(name)))
+        }
+        blocks = [name for name in blocks if (step, name) not in fitted]
+        if not blocks:
+            return fitted
+        graph = self._graph(frozenset(), tuple(b.name for b in self.program.blocks if b.name in blocks))
+        sums: dict[str, list[torch.Tensor]] = {name: [] for name in blocks}
+        self.count(graph.macs)
+        for tensors, cache in zip(inputs, caches, strict=True):
+            produced = graph(tensors, [])
+            moments: dict[str, torch.Tensor] = {}
+            for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
+                basis = torch.stack([cache[_slot(s, block, i)].flatten() for s in sources[block]] + [value.flatten()])
+                wide = basis.to(_wide(basis.dtype))
+                moments[block] = moments.get(block, 0) + (wide @ wide.T).double().cpu()
+            for name in blocks:
+                sums[name].append(moments[name])
+        for name in blocks:
+            moment = self.group.sum(sums[name])
+            fitted[step, name] = _solve(moment, sources[name])
+        return fitted
+
+    def _drop(self, schedule: Schedule, step: int, stored: list[dict[int, dict[tuple[str, int, int], torch.Tensor]]]) -> None:
+        """Forget what no forecast of a later step can read."""
+        for caches in stored:
+            for cache in caches.values():
+                for block in {key[0] for key in cache}:
+                    steps = sorted({key[2] for key in cache if key[0] == block})
+                    for old in steps[: -schedule.history - 1]:
+                        for key in [key for key in cache if key[0] == block and key[2] == old and block != INPUT]:
+                            del cache[key]
+
+    def _graph(self, loads: frozenset[str], emit: tuple[str, ...]) -> CutGraph:
+        if (loads, emit) not in self._graphs:
+            self._graphs[loads, emit] = cut_graph(self.program, loads, emit)
+        return self._graphs[loads, emit]
+
+    def count(self, macs: int) -> None:
+        """Count the work of one call of every trajectory; alike on every rank, whatever its share."""
+        self.units += macs / max(1, self.program.macs * len(self.order))
+
+    # Errors
+
+    def errors(self, rollout: Rollout) -> torch.Tensor:
+        """Mean squared error of every final image, relative to the images' variance, float64 ``[N]`` over all ranks."""
+        parts = []
+        for final, trajectory in zip(rollout.finals, self.trajectories, strict=True):
+            parts.append((final.double() - trajectory.final.double()).flatten(1).pow(2).mean(dim=1).cpu())
+        return torch.cat(self.group.gather(parts)) / self.scale
+
+    @functools.cached_property
+    def scale(self) -> float:
+        """Variance of the recorded final samples."""
+        parts = [t.final.double().pow(2).mean().reshape(1).cpu() for t in self.trajectories]
+        return float(torch.cat(self.group.gather(parts)).mean().clamp_min(1e-30))
+
+    @functools.cached_property
+    def images(self) -> int:
+        """Number of images over all ranks."""
+        counts = [torch.tensor(float(t.batch_size)) for t in self.trajectories]
+        return int(self.group.sum(counts))
+
+    def score(self, rollout: Rollout) -> float:
+        """Mean over images of the relative error in dB; smaller is better. The mean PSNR with its sign turned."""
+        return float(10 * self.errors(rollout).clamp_min(1e-15).log10().mean())
+
+    def relative_error(self, rollout: Rollout) -> float:
+        """Relative L2 error of the final samples."""
+        return float(self.errors(rollout).mean().sqrt())
+
+    def score_of(self, others: Sequence[Trajectory]) -> float:
+        """Score of other trajectories, from the same noise, as if they were rollouts."""
+        return self.score(Rollout([t.final for t in others], {}, [], []))
+
+    # Refinement
+
+    def refine(
+        self, schedule: Schedule, coefficients: Coefficients, rounds: int = 2, bar: Callable[[], None] = lambda: None
+    ) -> tuple[dict[tuple[int, str], Terms], float]:
+        """Coefficients with a smaller error of the final samples, and its score; never worse than the given ones.
+
+        Gauss-Newton on the images' errors, each image weighted by how small its error is already, as the mean PSNR is.
+        Where a step forms many blocks, one coefficient per source is shared by all of them.
+        """
+        base = self.rollout(schedule, coefficients, keep=True)
+        best, score = dict(base.coefficients), self.score(base)
+        for _ in range(rounds):
+            directions = _directions(best)
+            residual = self._residuals(base)
+            weight = self._weights(base)
+            columns = []
+            for step, names, k in directions:
+                moved = _moved(best, step, names, k, STEP)
+                other = self.rollout(schedule, moved, base, step)
+                columns.append([(a - r) / STEP for a, r in zip(self._residuals(other), residual, strict=True)])
+                bar()
+            if not columns:
+                break
+            parts = []
+            for n, r in enumerate(residual):
+                jacobian = torch.stack([column[n] for column in columns] + [r])  # [P + 1, B, D]
+                jacobian = (jacobian * weight[n].unsqueeze(1)).flatten(1)
+                parts.append(jacobian @ jacobian.T)
+            normal = self.group.sum(parts)
+            trials = []
+            for damping in DAMPING:
+                matrix = normal[:-1, :-1] + damping * torch.diag(normal.diagonal()[:-1]) + 1e-12 * torch.eye(len(directions))
+                move = torch.linalg.solve(matrix, -normal[:-1, -1])
+                trial = dict(best)
+                for (step, names, k), amount in zip(directions, move.tolist(), strict=True):
+                    trial = _moved(trial, step, names, k, amount)
+                rolled = self.rollout(schedule, trial, keep=True)
+                trials.append((self.score(rolled), trial, rolled))
+            found, trial, rolled = min(trials, key=lambda t: t[0])
+            if not found < score - 0.01:
+                break
+            score, best, base = found, trial, rolled
+        return best, score
+
+    def _residuals(self, rollout: Rollout) -> list[torch.Tensor]:
+        return [
+            (final.double() - t.final.double()).flatten(1).cpu()
+            for final, t in zip(rollout.finals, self.trajectories, strict=True)
+        ]
+
+    def _weights(self, rollout: Rollout) -> list[torch.Tensor]:
+        errors = self.errors(rollout) * self.scale
+        floor = 0.3 * float(errors.median())
+        return [(r.pow(2).mean(dim=1) + floor + 1e-30).rsqrt() for r in self._residuals(rollout)]
+
+
+def _slot(source: Source, block: str, i: int) -> tuple[str, int, int]:
+    if isinstance(source, tuple):
+        return (source[0], 0 if source[0] == INPUT else i, source[1])
+    return (block, i, source)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _solve(moment: torch.Tensor, sources: Sequence[Source]) -> Terms:
+    """Ridge least squares, shrunk towards the latest value, from the second moments of (sources..., target)."""
+    gram, target = moment[:-1, :-1], moment[:-1, -1]
+    prior = torch.zeros(len(sources), dtype=torch.float64)
+    prior[0] = 1.0
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(sources), dtype=torch.float64)
+    move = torch.linalg.solve(gram + ridge, target - gram @ prior)
+    return tuple(zip(sources, (prior + move).tolist(), strict=True))
+
+
+def _is_plain(schedule: Schedule, student: Student, key: tuple[int, str], terms: Terms) -> bool:
+    if key[1] in student.fresh(schedule.loads[key[0]]):
+        return False
+    latest = next(j for j in reversed(range(key[0])) if key[1] in student.fresh(schedule.loads[j]))
+    return terms == ((latest, 1.0),)
+
+
+def _directions(coefficients: Coefficients) -> list[tuple[int, tuple[str, ...], int]]:
+    """(step, blocks, term) of every degree of freedom."""
+    names: dict[int, list[str]] = {}
+    for step, block in coefficients:
+        names.setdefault(step, []).append(block)
+    return [
+        (step, tuple(sorted(blocks)), k)
+        for step, blocks in sorted(names.items())
+        for k in range(max(len(coefficients[step, block]) for block in blocks))
+    ]
+
+
+def _moved(coefficients: Coefficients, step: int, blocks: Iterable[str], k: int, amount: float) -> dict[tuple[int, str], Terms]:
+    result = dict(coefficients)
+    for block in blocks:
+        terms = list(result[step, block])
+        if k < len(terms):
+            terms[k] = (terms[k][0], terms[k][1] + amount)
+        result[step, block] = tuple(terms)
+    return result
+
+
+def _send(loops: Sequence[Loop], results: Sequence[torch.Tensor]) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
+    """Give every loop its prediction; the next calls, or the final samples."""
+    calls: list[dict[str, Any]] = []
+    finals: list[torch.Tensor] = []
+    for loop, result in zip(loops, results, strict=True):
+        try:
+            calls.append(loop.send(result))
+        except StopIteration as end:
+            finals.append(end.value)
+    return calls, finals
+
+
+def output_blocks(program: Program) -> tuple[Block, ...]:
+    """The block of the whole output, if there is one."""
+    return tuple(block for block in program.blocks if block.kind == "output")

@@ -1,0 +1,88 @@
+"""Learning on two ranks: the plan of one process; a rank that dies is an error, not a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import fxmask
+
+SCRIPT = """
+import datetime, json, os, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from conftest import ddim, labels, tiny_dit
+import fxmask
+from fxmask.learning import EFFORTS, Effort
+torch.set_num_threads(1)
+EFFORTS["default"] = Effort(units=30, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
+if {ranks} > 1:
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+model = tiny_dit()
+runs = [fxmask.record(model, ddim(), 6, 2, labels, None, seed) for seed in range(4)]
+program = fxmask.capture(model, runs[0].calls[0][0])
+if {dies} and dist.get_rank() == 1:
+    from fxmask.student import Student
+    original, count = Student.rollout, [0]
+    def rollout(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == 3:
+            os._exit(7)
+        return original(self, *args, **kwargs)
+    Student.rollout = rollout
+try:
+    mask = fxmask.learn(program, runs, speedup=1.7)
+except fxmask.DistributedError as error:
+    print("DistributedError:", error, flush=True)
+    os._exit(3)
+if {ranks} == 1 or dist.get_rank() == 0:
+    terms = sorted((mask.forecast.terms if mask.forecast else {{}}).items())
+    print("MASK", json.dumps([mask.compute.tolist(), [[list(k), [list(p) for p in v]] for k, v in terms]]), flush=True)
+"""
+
+
+def run_ranks(ranks: int, dies: bool = False) -> list[tuple[int, str]]:
+    """Exit status and output of each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = SCRIPT.format(tests=str(Path(__file__).parent), ranks=ranks, dies=dies)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environment.update(PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_two_ranks_learn_what_one_learns():
+    ((status, alone),) = run_ranks(1)
+    assert status == 0
+    both = run_ranks(2)
+    assert [code for code, _ in both] == [0, 0]
+    assert json.loads(both[0][1].split("MASK ")[1]) == json.loads(alone.split("MASK ")[1])
+
+
+def test_a_rank_that_dies_is_an_error():
+    (status, output), (dead, _) = run_ranks(2, dies=True)
+    assert dead == 7
+    assert status == 3
+    assert "another rank died" in output
+
+
+def test_groups_share_in_order():
+    from fxmask.distributed import Group
+
+    parts = [Group(rank, 3).share(list(range(7))) for rank in range(3)]
+    assert [x for part in parts for x in part] == list(range(7))
+    assert max(map(len, parts)) == 3
+    assert isinstance(fxmask.DistributedError("x"), fxmask.FxmaskError)
