@@ -33,6 +33,7 @@ def parse_arguments(description: str, output: str) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} fresh samples to compare")
     parser.add_argument("--repeats", type=int, default=5, help="timed sampling runs of each kind")
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--effort", default="quick", choices=("quick", "default"), help="how long to learn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(output), help="where to write the picture")
     return parser.parse_args()
@@ -64,6 +65,7 @@ def compare(
         example_inputs=example_inputs,
         step_kwargs=step_kwargs,
         max_graphs=options.max_graphs or None,
+        effort=options.effort,
         backend=options.backend,
         seed=options.seed,
     )

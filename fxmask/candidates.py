@@ -207,14 +207,23 @@ def count_full(student: Student, level: Level, budget: float) -> int | None:
     return count
 
 
-def evenly(student: Student, level: Level, budget: float) -> Schedule | None:
-    """Full steps at equal distances; ``None`` if the level saves too little for the budget."""
+def evenly(student: Student, level: Level, budget: float, bend: float = 1.0) -> Schedule | None:
+    """Full steps at equal distances, or denser at the beginning (``bend`` > 1) or at the end (< 1).
+
+    ``None`` if the level saves too little for the budget.
+    """
     steps, count = student.num_steps, count_full(student, level, budget)
     if count is None:
         return None
-    full = {round(k * steps / count) for k in range(count)}
+    full: list[int] = []
+    for k in range(count):
+        wanted = round((k / count) ** bend * steps)
+        full.append(min(max(wanted, full[-1] + 1 if full else 0), steps - count + k))
     loads = tuple(frozenset() if i in full else level.loads for i in range(steps))
-    return Schedule(loads, level.history, level.samples, kind=f"{level.name}, even")
+    return Schedule(loads, level.history, level.samples, kind=f"{level.name}, even" if bend == 1.0 else f"{level.name}, bent")
+
+
+BENDS = (0.75, 1.35)
 
 
 def place(student: Student, levels: Sequence[tuple[Level, torch.Tensor]], budget: float) -> Schedule | None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fxmask.candidates import Level, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
+from fxmask.candidates import BENDS, Level, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
 from fxmask.distributed import Group
 from fxmask.errors import InputError, OutcomeError
 from fxmask.journal import Journal
@@ -48,7 +48,8 @@ class Effort:
     """How much work a plan may take, in full sampling runs of the recorded trajectories.
 
     Attributes:
-        units: in all, for one outcome.
+        units: in all, for one outcome; refinement stops there.
+        kinds: how many levels are tried at equal distances, 0: all of them.
         starts: first steps at which runs are measured, 0: none.
         levels: for how many levels.
         search: units of local search.
@@ -57,6 +58,7 @@ class Effort:
     """
 
     units: float
+    kinds: int
     starts: int
     levels: int
     search: float
@@ -65,8 +67,8 @@ class Effort:
 
 
 EFFORTS = {
-    "default": Effort(units=120.0, starts=8, levels=2, search=18.0, rounds=2, finalists=3),
-    "quick": Effort(units=18.0, starts=0, levels=0, search=0.0, rounds=1, finalists=2),
+    "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3),
+    "quick": Effort(units=18.0, kinds=3, starts=0, levels=0, search=0.0, rounds=1, finalists=1),
 }
 
 
@@ -240,6 +242,9 @@ class Search:
         self.limits = limits
         self.samples = 2 if any(t.stochastic for t in trajectories) else 0
         self.levels = levels_of(self.student, self.samples)
+        if effort.kinds:
+            names = list(dict.fromkeys(level.name for level in self.levels))[: effort.kinds]
+            self.levels = [level for level in self.levels if level.name in names]
         self._promising = self.levels
         self.seed = seed
         self.progress = progress
@@ -273,7 +278,7 @@ class Search:
                     raise
                 return self._point(min(pool, key=lambda c: c.score), started)
             try:
-                finalists = self._refined(self._finalists(pool), budget)
+                finalists = self._refined(self._finalists(pool), self.effort.units - (self._units - started))
             except KeyboardInterrupt:
                 logger.warning("learning was interrupted while refining; using the best plan so far")
                 return self._point(min(pool, key=lambda c: c.score), started)
@@ -304,6 +309,10 @@ class Search:
         for level in self._promising:
             yield evenly(self.student, level, budget)
         ranked = sorted(pool, key=lambda c: c.score)
+        if ranked:
+            level = self._level_of(ranked[0])
+            for bend in BENDS:
+                yield evenly(self.student, level, budget, bend)
         if not self.effort.starts or not ranked:
             return
         if self._promising is self.levels:  # what is hopeless at one budget is not tried at the others
@@ -313,8 +322,7 @@ class Search:
         names = list(dict.fromkeys(c.schedule.kind.removesuffix(", even") for c in ranked))[: self.effort.levels]
         measured: list[tuple[Level, torch.Tensor]] = []
         for name in names:
-            best = next(c for c in ranked if c.schedule.kind == f"{name}, even")
-            level = next(x for x in self.levels if x.name == name and x.history == best.schedule.history)
+            level = self._level_of(next(c for c in ranked if c.schedule.kind == f"{name}, even"))
             runs = self._runs(level)
             measured.append((level, runs))
             yield place(self.student, [(level, runs)], budget)
@@ -324,6 +332,10 @@ class Search:
                     yield place_blocks(self.student, probes, blocks, runs, budget, period)
         if len(measured) > 1 and max(self.student.cost(level.loads) for level, _ in measured) < 0.1:
             yield place(self.student, measured, budget)
+
+    def _level_of(self, candidate: Candidate) -> Level:
+        name = candidate.schedule.kind.removesuffix(", even")
+        return next(x for x in self.levels if x.name == name and x.history == candidate.schedule.history)
 
     def _runs(self, level: Level) -> torch.Tensor:
         key = f"runs {level.name} {level.history}"
@@ -428,23 +440,25 @@ class Search:
         first = list(families.values())
         return (first + [c for c in ranked if c not in first])[: self.effort.finalists]
 
-    def _refined(self, finalists: Sequence[Candidate], budget: float) -> list[Candidate]:
-        """The finalists, and those of few coefficients with these refined."""
+    def _refined(self, finalists: Sequence[Candidate], units: float) -> list[Candidate]:
+        """The finalists, and those of few coefficients with these refined, the best first, while units are left."""
         found = list(finalists)
-        for candidate in finalists:
-            freedom = sum(len(terms) for terms in candidate.coefficients.values() if len(terms) > 1)
-            if not freedom or len({name for _, name in candidate.coefficients}) > 3:
+        for candidate in sorted(finalists, key=lambda c: c.score):
+            schedule, coefficients = candidate.schedule, candidate.coefficients
+            round_cost = self.student.refinement_cost(schedule, coefficients)
+            rounds = min(self.effort.rounds, int(units / round_cost)) if round_cost else 0
+            if not rounds or len({name for (_, name), terms in coefficients.items() if len(terms) > 1}) > 3:
                 continue
 
-            def refine(candidate: Candidate = candidate) -> Any:
-                coefficients, score = self.student.refine(
-                    candidate.schedule, candidate.coefficients, self.effort.rounds, self._tick
-                )
-                return [score, _dump(coefficients)]
+            def refine(candidate: Candidate = candidate, rounds: int = rounds) -> Any:
+                refined, score = self.student.refine(candidate.schedule, candidate.coefficients, rounds, self._tick)
+                return [score, _dump(refined)]
 
-            key = f"refine {_key(candidate.schedule)}"
+            before = self._units
+            key = f"refine {rounds} {_key(schedule)}"
             score, terms = self.student.group.agree(self.journal.get(key, refine, self.student))
-            found.append(Candidate(candidate.schedule, _load(terms), score))
+            units -= self._units - before
+            found.append(Candidate(schedule, _load(terms), score))
         return found
 
     def _point(self, candidate: Candidate, started: float) -> ParetoPoint:

@@ -393,6 +393,12 @@ class Student:
             score, best, base = found, trial, rolled
         return best, score
 
+    def refinement_cost(self, schedule: Schedule, coefficients: Coefficients) -> float:
+        """Units that one round of ``refine`` takes; 0 if there is nothing to refine."""
+        rest = [sum(self.cost(loads) for loads in schedule.loads[i:]) / self.num_steps for i in range(self.num_steps)]
+        partial = sum(rest[step] for step, _, _ in _directions(coefficients))
+        return partial + (1 + len(DAMPING)) * rest[0] if partial else 0.0
+
     def _residuals(self, rollout: Rollout) -> list[torch.Tensor]:
         return [
             (final.double() - t.final.double()).flatten(1).cpu()
@@ -435,8 +441,9 @@ def _is_plain(schedule: Schedule, student: Student, key: tuple[int, str], terms:
 def _directions(coefficients: Coefficients) -> list[tuple[int, tuple[str, ...], int]]:
     """(step, blocks, term) of every degree of freedom."""
     names: dict[int, list[str]] = {}
-    for step, block in coefficients:
-        names.setdefault(step, []).append(block)
+    for (step, block), terms in coefficients.items():
+        if len(terms) > 1:  # what is reused as it is stays so
+            names.setdefault(step, []).append(block)
     return [
         (step, tuple(sorted(blocks)), k)
         for step, blocks in sorted(names.items())

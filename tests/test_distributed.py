@@ -20,7 +20,7 @@ from conftest import ddim, labels, tiny_dit
 import fxmask
 from fxmask.learning import EFFORTS, Effort
 torch.set_num_threads(1)
-EFFORTS["default"] = Effort(units=30, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
+EFFORTS["default"] = Effort(units=30, kinds=2, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
 if {ranks} > 1:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 model = tiny_dit()

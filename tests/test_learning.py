@@ -17,7 +17,7 @@ from fxmask.metrics import psnr, relative_error
 from fxmask.outcome import Outcome
 from fxmask.student import Schedule, Student
 
-SMALL = Effort(units=30, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
+SMALL = Effort(units=30, kinds=0, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
 
 
 @pytest.fixture(autouse=True)
