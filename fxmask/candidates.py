@@ -19,6 +19,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -145,7 +146,7 @@ def _forward(
     module: fx.GraphModule, tensors: Sequence[torch.Tensor], wanted: Mapping[str, int]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Outputs of a graph and some of its values, with gradients from the first wanted value on."""
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     arguments = iter(tensors)
     found: dict[str, torch.Tensor] = {}
     for node in module.graph.nodes:
@@ -280,7 +281,7 @@ def _run_error(runs: torch.Tensor, first: int, length: int) -> float:
     if known > 1:
         growth = math.log(max(1.0, error / max(1e-30, float(runs[first, known - 2]))))
         power = min(6.0, max(1.0, growth / math.log(known / (known - 1))))
-    return error * (length / known) ** power
+    return float(error * (length / known) ** power)
 
 
 def place_blocks(
