@@ -110,6 +110,7 @@ class Signature:
         sample: name of the parameter that holds the noisy sample.
         timestep: name of the parameter that holds the timestep; ``None`` if the model takes none.
         batched_timestep: whether the graph takes one timestep per sample (``[B]``) rather than a single one (``[]``).
+        one_timestep: whether a single one has the form ``[1]``.
         fixed: leaf names of tensors whose values a graph is specialised to, like numbers and strings; for masks and
             lengths that decide sizes.
     """
@@ -118,6 +119,7 @@ class Signature:
     sample: str
     timestep: str | None
     batched_timestep: bool = True
+    one_timestep: bool = False
     fixed: tuple[str, ...] = ()
 
     @classmethod
@@ -202,7 +204,7 @@ class Signature:
         if self.batched_timestep and single:
             return timestep.to(sample.device).reshape(1).expand(sample.shape[0])
         if not self.batched_timestep and single:
-            return timestep.reshape(())
+            return timestep.to(sample.device).reshape((1,) if self.one_timestep else ())
         return timestep
 
 

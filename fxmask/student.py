@@ -99,6 +99,12 @@ class Student:
         self.program = program if bound.key == program.example.key else recapture(program, bound)
         if any(t.timesteps != first.timesteps or t.order != first.order for t in self.trajectories):
             raise InputError("the trajectories have different timesteps; record all of them with one scheduler")
+        lanes = {len(step) for step in first.calls}
+        if len(lanes) > 1:
+            raise InputError(
+                f"the steps make different numbers of denoiser calls ({sorted(lanes)}), e.g. because guidance starts or stops "
+                "midway; learn from runs whose guidance lasts from the first to the last step"
+            )
         self.num_steps = first.num_steps
         self.order = first.order
         self.units = 0.0
@@ -154,7 +160,8 @@ class Student:
     def mask(self, schedule: Schedule, coefficients: Coefficients) -> Mask:
         """The schedule as a mask of the program."""
         names = tuple(block.name for block in self.program.blocks if block.name in self.universe(schedule))
-        rows = [[name in self.fresh(loads) for name in names] for loads in schedule.loads]
+        # what is dead is not loaded either: rectify turns it off, and computes the live part of a block of several values
+        rows = [[name not in loads for name in names] for loads in schedule.loads]
         terms = {key: value for key, value in coefficients.items() if not _is_plain(schedule, self, key, value)}
         compute = torch.tensor(rows, dtype=torch.bool).reshape(self.num_steps, len(names))
         return Mask(
@@ -434,7 +441,7 @@ def _solve(moment: torch.Tensor, sources: Sequence[Source]) -> Terms:
 def _is_plain(schedule: Schedule, student: Student, key: tuple[int, str], terms: Terms) -> bool:
     if key[1] in student.fresh(schedule.loads[key[0]]):
         return False
-    latest = next(j for j in reversed(range(key[0])) if key[1] in student.fresh(schedule.loads[j]))
+    latest = next(j for j in reversed(range(key[0])) if key[1] not in schedule.loads[j])  # as the mask has it
     return terms == ((latest, 1.0),)
 
 

@@ -214,7 +214,7 @@ def _choose_timestep_form(
     if signature.timestep is None or given is None:
         return single, bound
     expected = flatten_output(model(**dict(example_inputs)))[0]
-    for candidate in (signature, single):
+    for candidate in (signature, single, replace(single, one_timestep=True)):
         trial = candidate.bind((), example_inputs)
         try:
             got = flatten_output(model(**trial.arguments))[0]
