@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
+import logging
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -100,10 +103,32 @@ def trace_values(model: torch.nn.Module, bound: BoundCall) -> fx.GraphModule:
     return functionalize(exported, model, MODEL, names)
 
 
+def export_draft(model: torch.nn.Module, bound: BoundCall) -> fx.GraphModule:
+    """By running the model's Python, taking at every question about a value the way that the example takes.
+
+    A check that always passes leaves a right graph; a real branch leaves one of its sides, which only a comparison over many
+    timesteps and values can notice.
+    """
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a report of what was frozen; what matters of it is found by the comparison
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # torch leaves its trace file open
+            tensors = distinct(list(bound.tensors.values()))
+            exported = torch.export.draft_export(_WrapperWithData(model, bound).eval(), tensors)
+            gc.collect()
+        return functionalize(exported, model, MODEL)
+    finally:
+        log.setLevel(level)
+
+
+DRAFT = "torch.export (draft)"
 LADDER: dict[str, Export] = {
     "torch.export (non-strict)": export_running,
     "traced with values": trace_values,
     "torch.export (strict)": export_interpreting,
+    DRAFT: export_draft,
 }
 
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxmask.calls import RETURN_DICT, BoundCall, OutputSpec, Signature, flatten_output
 from fxmask.errors import CaptureError, InputError
 from fxmask.inputs import fake_call, fake_copy, infer_call, is_abstract, needed_names, quiet_torch
-from fxmask.ladder import LADDER, MODEL, Export, Wrapper, explain, export_running, refuse_data_dependent, trace_values
+from fxmask.ladder import DRAFT, LADDER, MODEL, Export, Wrapper, explain, export_running, refuse_data_dependent, trace_values
 from fxmask.passes.count_macs import count_attention_macs, count_macs
 from fxmask.passes.find_blocks import describe_blocks, find_blocks
 from fxmask.passes.functionalize import functionalize
@@ -156,7 +156,7 @@ def _climb(
         with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph of an export that failed
             module = export(model, bound)
         refuse_data_dependent(module)
-        difference = _verify(module, model, bound, timestep)
+        difference = _verify(module, model, bound, timestep, many=rung.startswith(DRAFT))
     except Exception as error:  # each rung fails in its own ways; all of them are reported
         tried.append(f"  {rung}: {explain(error, model)}")
         logger.debug("%s failed", rung, exc_info=True)
@@ -251,12 +251,14 @@ def _output_spec(model: torch.nn.Module, bound: BoundCall) -> OutputSpec:
     return OutputSpec(builds)
 
 
-def _verify(module: fx.GraphModule, model: torch.nn.Module, bound: BoundCall, timestep: str | None) -> str | None:
+def _verify(
+    module: fx.GraphModule, model: torch.nn.Module, bound: BoundCall, timestep: str | None, many: bool = False
+) -> str | None:
     """Compare graph and model on the example, on other values and at other timesteps.
 
     Returns a description of the first difference, or ``None``.
     """
-    for name, tensors in _trial_inputs(bound, timestep):
+    for name, tensors in _trial_inputs(bound, timestep, many):
         try:
             expected, _ = flatten_output(model(**bound.rebuild(tensors)))
         except Exception:
@@ -284,8 +286,11 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 EXAMPLE = "example inputs"
 
 
-def _trial_inputs(bound: BoundCall, timestep: str | None) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
-    """The example itself, the example with other values throughout, and with the first and last timesteps."""
+def _trial_inputs(bound: BoundCall, timestep: str | None, many: bool = False) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """The example itself, the example with other values throughout, and with the first and last timesteps.
+
+    ``many`` timesteps between them, with other values, where a branch on a value may have been frozen.
+    """
     tensors = dict(bound.tensors)
     yield EXAMPLE, tuple(tensors.values())
     generator = torch.Generator().manual_seed(0)
@@ -308,6 +313,13 @@ def _trial_inputs(bound: BoundCall, timestep: str | None) -> Iterator[tuple[str,
         last = 1.0 if t.is_floating_point() and float(t.abs().max()) <= 1 else LAST_TIMESTEP
         for value in (0, last):
             yield f"{timestep}={value:g}", tuple({**tensors, timestep: torch.full_like(t, value)}.values())
+        for k in range(MANY if many else 0):
+            value = last * (k + 0.5) / MANY
+            yield f"{timestep}={value:g}", tuple({**tensors, timestep: torch.full_like(t, value)}.values())
+            shifted = {
+                n: x + 0.1 * k if n != timestep and x.is_floating_point() and x.dim() > 1 else x for n, x in tensors.items()
+            }
+            yield f"values shifted by {0.1 * k:g}", tuple(shifted.values())
 
 
 def _is_mask(x: torch.Tensor) -> bool:
@@ -325,6 +337,7 @@ def _shorter(mask: torch.Tensor) -> torch.Tensor:
 
 
 LAST_TIMESTEP = 999  # of the usual 1,000 training steps
+MANY = 24  # timesteps that a draft is compared at
 
 
 def _assemble(

@@ -116,32 +116,33 @@ class CutGraph:
 
 def live_under(program: Program, loads: frozenset[str]) -> tuple[frozenset[str], int]:
     """The blocks that a step still computes when it is given the blocks ``loads``, and its multiply-accumulates."""
-    given = {value for name in loads for value in program.block(name).values}
-    live: set[str] = set()
-    macs = 0
-    for node in reversed(program.graph_module.graph.nodes):
-        if node.name not in given and (node.op == "output" or any(user.name in live for user in node.users)):
-            live.add(node.name)
-            macs += count_macs(node)
+    live, _, macs = _live_without(program, loads)
     return frozenset(b.name for b in program.blocks if b.name not in loads and live.issuperset(b.values)), macs
 
 
 def cut_graph(program: Program, loads: frozenset[str], emit: Sequence[str]) -> CutGraph:
     """The graph that is given the blocks ``loads`` and also returns the values of the blocks ``emit``."""
+    _, reached, macs = _live_without(program, loads)
+    load = tuple(Load(name, i, 1, ((Slot(name, i, 0), 1.0),)) for name, i in reached)
+    store = tuple((name, i) for name in emit for i in range(len(program.block(name).values)))
+    return CutGraph(_build(program, load, store, ()), tuple((x.block, x.value) for x in load), macs)
+
+
+def _live_without(program: Program, loads: frozenset[str]) -> tuple[set[str], list[tuple[str, int]], int]:
+    """Names of the live nodes, the (block, value index) of ``loads`` that they read, in graph order, and the MACs."""
     given = {value: (name, i) for name in loads for i, value in enumerate(program.block(name).values)}
     reached: list[tuple[str, int]] = []
     live: set[str] = set()
     macs = 0
     for node in reversed(program.graph_module.graph.nodes):
-        if node.op == "output" or any(user.name in live for user in node.users):
-            if node.name in given:
-                reached.append(given[node.name])
-                continue
-            live.add(node.name)
-            macs += count_macs(node)
-    load = tuple(Load(name, i, 1, ((Slot(name, i, 0), 1.0),)) for name, i in reversed(reached))
-    store = tuple((name, i) for name in emit for i in range(len(program.block(name).values)))
-    return CutGraph(_build(program, load, store, ()), tuple((x.block, x.value) for x in load), macs)
+        if node.op != "output" and not any(user.name in live for user in node.users):
+            continue
+        if node.name in given:
+            reached.append(given[node.name])
+            continue
+        live.add(node.name)
+        macs += count_macs(node)
+    return live, reached[::-1], macs
 
 
 def _build(

@@ -202,3 +202,35 @@ def test_no_grad_and_autocast_regions_are_inlined():
     program = fxmask.capture(model, call)
     assert torch.equal(run(program, call), model(**call))
     assert not any("wrap" in str(node.target) for node in program.graph_module.graph.nodes)
+
+
+def test_a_check_of_values_that_always_passes_is_no_obstacle():
+    class Checked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            if t.min().item() < 0:
+                raise ValueError("no time before the beginning")
+            return x + self.linear(x)
+
+    model = Checked().eval()
+    call = {"x": torch.randn(3, 4), "t": torch.tensor([5, 5, 5])}
+    program = fxmask.capture(model, call)
+    assert program.rung == "torch.export (draft)"
+    assert torch.equal(program.graph_module(*program.example.tensors.values())[0], model(**call))
+
+
+@pytest.mark.parametrize("threshold", [20, 500, 990])
+def test_a_branch_on_the_timestep_is_noticed_by_the_comparison(threshold):
+    class Branching(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            return x + (self.early(x) if t.max().item() > threshold else self.late(x))
+
+    with pytest.raises(fxmask.CaptureError, match=r"draft\): output 0 differs from the model's by .*(t=|other values)"):
+        fxmask.capture(Branching().eval(), {"x": torch.randn(3, 4), "t": torch.tensor([700, 700, 700])})

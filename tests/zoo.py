@@ -1098,7 +1098,7 @@ class Branching(nn.Module):
         return x + (self.early(x) if t.flatten()[0].item() > 500 else self.late(x))
 
 
-@entry("plain", "other", "a branch on the timestep's value", refused="data-dependent")
+@entry("plain", "other", "a branch on the timestep's value", refused="differs from the model's")
 def branching() -> Made:
     return Branching(), {"x": randn(8, 16), "t": t()}
 
