@@ -34,7 +34,7 @@ from fxmask.trajectory import Trajectory
 FAMILIES = ("ddpm", "dit", "ldm", "pixart")
 RATIOS = (1.5, 2.0, 3.0)
 TRAINING, TRAINING_RUNS = 16, 3  # images in a recorded run; the last run is held out
-EVALUATION, EVALUATION_RUNS = 64, 2
+EVALUATION = 128  # images of fresh noise
 CONVERGED = 1000
 PAPER = {
     "paper's learner": PaperOptions(),
@@ -63,6 +63,12 @@ class Cell:
     def model(self) -> torch.nn.Module:
         """The shipped denoiser."""
         return load_model(self.family)
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes of the evaluation: the U-Nets take another path from 64 on, which would be another program."""
+        size = 32 if self.family in ("ddpm", "ldm") else 64
+        return [size] * (EVALUATION // size)
 
     def scheduler(self, kind: str = "DDIMScheduler") -> Any:
         """The shipped noise schedule."""
@@ -143,7 +149,7 @@ class Evaluation:
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        self.runs = [cell.record(100_000 + k, EVALUATION) for k in range(EVALUATION_RUNS)]
+        self.runs = [cell.record(100_000 + k, size) for k, size in enumerate(cell.batches)]
         self.program = fxmask.capture(cell.model, self.runs[0].calls[0][0])
         self.student = Student(self.program, self.runs)
         self.reference = cell.decode(torch.cat([t.final for t in self.runs]))
@@ -248,7 +254,7 @@ def rivals(evaluation: Evaluation, training: Sequence[Trajectory]) -> Iterator[t
     def solver(ratio: float) -> Row:
         steps = max(1, round(cell.steps / ratio))
         scheduler = cell.scheduler("DPMSolverMultistepScheduler")
-        samples = [cell.record(100_000 + k, EVALUATION, scheduler, steps).final for k in range(EVALUATION_RUNS)]
+        samples = [cell.record(100_000 + k, size, scheduler, steps).final for k, size in enumerate(cell.batches)]
         return evaluation.row(samples, cell.steps / steps, own=False)
 
     def named(name: str, history: int) -> Level:
@@ -314,7 +320,7 @@ def compare_with_converged(family: str, folder: Path) -> None:
     path = folder / f"converged-{family}.pt"
     cell = Cell(family, 20, 0.0)
     if not path.exists():
-        runs = [cell.record(100_000 + k, EVALUATION) for k in range(EVALUATION_RUNS)]
+        runs = [cell.record(100_000 + k, size) for k, size in enumerate(cell.batches)]
         steps = CONVERGED - runs[0].scheduler.config.steps_offset  # the offset would lead beyond the last timestep
         images = cell.decode(torch.cat([t.with_steps(cell.model, steps).final for t in runs]))
         torch.save(images, path.with_suffix(".tmp"))
@@ -351,7 +357,7 @@ def main() -> None:
 OURS = ("fxmask", "fxmask quick", "branches, fitted forecast", "whole output, fitted forecast")
 INTRODUCTION = f"""# Quality at equal MACs
 
-Made by `python examples/quality.py` (`--converged` for that column). {EVALUATION * EVALUATION_RUNS} samples per row, noise that
+Made by `python examples/quality.py` (`--converged` for that column). {EVALUATION} samples per row, noise that
 learning has not seen, PSNR per image in dB against the same sampler with the same noise: mean and 10th percentile.
 *Converged*: mean PSNR against {CONVERGED:,} deterministic steps from the same noise. *Classes*: share of samples that the
 shipped classifier puts in the class of the full sampler's. *Units*: learning, in full sampling runs of the

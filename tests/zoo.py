@@ -1276,7 +1276,8 @@ def main() -> None:
         if given.summary and program is not None:
             print(program.summary())
     if given.output:
-        given.output.write_text(table(rows))
+        here = f"{Path(__file__).resolve().parent.parent}/"
+        given.output.write_text(table(rows).replace(here, ""))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{len(rows)} models, peak memory {peak:.2f} GiB", file=sys.stderr)
 
