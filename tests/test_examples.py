@@ -140,3 +140,30 @@ def test_example(name, tmp_path):
     for line in ("MAC ratio", "measured speed-up", "PSNR", "distinct step graphs", "learning and compilation"):
         assert line in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("family", ["dit", "pixart"])
+def test_coarse_sampling_at_every_step_is_the_fine_one(family, eta):
+    """The rival "fewer steps, same noise" is the scheduler's own rule: with all of the steps it is the full sampler."""
+    if family in TEXT:
+        pytest.importorskip("transformers")
+    import quality
+
+    cell = quality.Cell(family, 5, eta)
+    fine = cell.record(3, 2)
+    coarse = quality.coarse_ddim(cell.model, fine, [int(t) for t in fine.timesteps], eta)
+    assert torch.allclose(coarse, fine.final, atol=1e-5)
+    fewer = quality.coarse_ddim(cell.model, fine, [int(t) for t in fine.timesteps[::2]], eta)
+    assert float((fewer - fine.final).abs().max()) > 1e-3, "fewer steps are not the same"
+
+
+def test_quality_table_says_who_leads(tmp_path):
+    import quality
+
+    results = quality.Results(tmp_path / "dit-20-deterministic.json")
+    for name, decibels in (("fxmask", 40.0), ("FORA: all branches reused", 35.5), ("whole output, fitted forecast", 38.0)):
+        results.put(f"{name} 2.0", {"ratio": 2.0, "psnr": decibels, "p10": 30.0, "images": torch.zeros(1)})
+    assert quality.Results(results.path).has("fxmask 2.0")
+    quality.write_table(tmp_path, tmp_path / "out.md")
+    assert "| 40.0 | 35.5 FORA: all branches reused | +4.5 | 38.0 |" in (tmp_path / "out.md").read_text()
