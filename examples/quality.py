@@ -371,7 +371,12 @@ steps get the variance-weighted sum of the full sampler's noise.
 def write_table(folder: Path, output: Path) -> None:
     """All cells as Markdown: fxmask's lead over the best rival that is no plan of ours, then every row."""
     cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*stic.json"))}
-    lines = [INTRODUCTION, "## fxmask (default) and the best of the rivals", ""]
+    every = [Cell(family, steps, eta).name for steps in (20, 50) for family in FAMILIES for eta in (0.0, 1.0)]
+    missing = [name for name in every if len(cells.get(name, ())) < len(RATIOS) * 7]
+    lines = [INTRODUCTION]
+    if missing:
+        lines += ["Not measured yet, or not in full: " + ", ".join(missing) + ".", ""]
+    lines += ["## fxmask (default) and the best of the rivals", ""]
     lines += ["| cell | asked | fxmask | best rival | lead | best fixed plan of ours |", "|---|---|---|---|---|---|"]
     for name, rows in cells.items():
         for ratio in RATIOS:
