@@ -4,7 +4,8 @@
     python examples/quality.py --families dit --steps 20  # some cells
     python examples/quality.py --table                    # only writes the table of what is there
 
-Measurements are kept in build/quality, one file per cell. Noise for evaluation is never used for learning. With the
+Measurements are kept in build/quality, one file per cell; a copy of them ships beside the table, so that a fresh clone goes on
+from there. Noise for evaluation is never used for learning. With the
 stochastic sampler the noise of fewer steps is the variance-weighted sum of the full sampler's.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -329,6 +331,8 @@ def compare_with_converged(family: str, folder: Path) -> None:
     for file in folder.glob(f"{family}-*-deterministic.json"):
         results = Results(file)
         for key, row in results.rows.items():
+            if not results.samples(key).exists():
+                continue  # measured elsewhere
             images = torch.load(results.samples(key), weights_only=True)
             results.put(key, {**row, "images": images, "converged": float(psnr(images, converged).clamp(max=100).mean())})
 
@@ -345,6 +349,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quality.md")
     options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    shipped = options.output.parent / "quality"
+    for path in shipped.glob("*.json"):
+        if not (options.folder / path.name).exists():
+            shutil.copy(path, options.folder / path.name)
     for steps in options.steps if not options.table else ():
         for family in options.families:
             for sampler in options.samplers:
