@@ -361,6 +361,9 @@ def main() -> None:
     for family in options.families if options.converged else ():
         compare_with_converged(family, options.folder)
     write_table(options.folder, options.output)
+    shipped.mkdir(parents=True, exist_ok=True)
+    for path in options.folder.glob("*stic.json"):
+        shutil.copy(path, shipped / path.name)
 
 
 OURS = ("fxmask", "fxmask quick", "branches, fitted forecast", "whole output, fitted forecast")
