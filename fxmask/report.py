@@ -98,4 +98,5 @@ def draw_pareto(points: Sequence[ParetoPoint], axes: Any) -> None:
     axes.set_xlabel("share of the full run's MACs")
     axes.set_ylabel("error of the final samples (dB, mean over images)")
     axes.set_title("error against MACs")
+    axes.margins(0.12)
     axes.grid(alpha=0.3)
