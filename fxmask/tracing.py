@@ -316,10 +316,9 @@ def _trial_inputs(bound: BoundCall, timestep: str | None, many: bool = False) ->
         for k in range(MANY if many else 0):
             value = last * (k + 0.5) / MANY
             yield f"{timestep}={value:g}", tuple({**tensors, timestep: torch.full_like(t, value)}.values())
-            shifted = {
-                n: x + 0.1 * k if n != timestep and x.is_floating_point() and x.dim() > 1 else x for n, x in tensors.items()
-            }
-            yield f"values shifted by {0.1 * k:g}", tuple(shifted.values())
+            shift = 0.1 * (-1) ** k * 2 ** (k / 3)  # both ways, from small to far beyond noise: a mean has a sign
+            shifted = {n: x + shift if n != timestep and x.is_floating_point() and x.dim() > 1 else x for n, x in tensors.items()}
+            yield f"values shifted by {shift:.2g}", tuple(shifted.values())
 
 
 def _is_mask(x: torch.Tensor) -> bool:
