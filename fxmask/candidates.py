@@ -19,12 +19,13 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from fxmask.student import Schedule, Student, output_blocks
+from fxmask.trajectory import Trajectory
 
 MAX_AGE = 8
 MAX_RUN = 3  # longer runs are extrapolated
@@ -90,24 +91,37 @@ def _between(known: Mapping[int, float], step: int) -> float:
     return math.exp((1 - share) * math.log(known[below] + 1e-30) + share * math.log(known[above] + 1e-30))
 
 
-def measure_probes(student: Student, blocks: Sequence[str]) -> torch.Tensor:
-    """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs and ages 1..A.
+class Probes(NamedTuple):
+    """Mean squares of probes over directions and images, float64.
 
-    Forwards and backwards through every recorded call of the first lane.
+    Attributes:
+        alone: of each block at ages 1..A, ``[T, B, A]``.
+        together: of the sum over all blocks at age 1, ``[T]``.
     """
+
+    alone: torch.Tensor
+    together: torch.Tensor
+
+
+def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
+    """Probes of some blocks, from forwards and backwards through every recorded call of the first lane."""
     lanes = len(student.order) / student.num_steps
     student.units += (1 + 2 * PROBES) / lanes  # of each step: one forward pass, and a backward pass of twice that per probe
-    parts = [_probes_of(student, n, blocks) for n in range(len(student.trajectories))]
-    return torch.cat(student.group.gather(parts), dim=1)
+    counts = student.group.gather([torch.tensor(len(student.trajectories))])
+    first = int(sum(counts[: student.group.rank]))  # of this rank's share, among the trajectories of all ranks
+    parts = [_probes_of(student, t, first + n, blocks) for n, t in enumerate(student.trajectories)]
+    probes = torch.cat(student.group.gather(parts), dim=1).double()
+    return Probes(probes.pow(2).mean(dim=1), probes[..., 0].sum(dim=2).pow(2).mean(dim=1))
 
 
-def _probes_of(student: Student, index: int, blocks: Sequence[str]) -> torch.Tensor:
-    program, trajectory = student.program, student.trajectories[index]
+def _probes_of(student: Student, trajectory: Trajectory, seed: int, blocks: Sequence[str]) -> torch.Tensor:
+    """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs."""
+    program = student.program
     values = {value: b for b, name in enumerate(blocks) for value in program.block(name).values}
     window: list[dict[str, torch.Tensor]] = []  # values of the latest steps, this one last
     images = trajectory.batch_size
     rows = []
-    generator = torch.Generator().manual_seed(index)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(student.num_steps):
         bound = program.signature.bind((), dict(trajectory.calls[step][0]))
         outputs, found = _forward(program.graph_module, list(bound.tensors.values()), values)
@@ -200,12 +214,14 @@ def levels_of(student: Student, samples: int) -> list[Level]:
 
 
 def count_full(student: Student, level: Level, budget: float) -> int | None:
-    """How many full steps meet a budget with the level in between; ``None`` if it cannot be met within 3 %."""
+    """How many full steps, with the level in between, come nearest to a budget.
+
+    ``None`` if the level alone costs as much, or saves less than 3 % of a step.
+    """
     steps, cost = student.num_steps, student.cost(level.loads)
     if cost >= budget or cost > 0.97:
         return None
-    count = min(steps, max(1, round((budget - cost) / (1 - cost) * steps)))
-    return count
+    return min(steps, max(1, round((budget - cost) / (1 - cost) * steps)))
 
 
 def evenly(student: Student, level: Level, budget: float, bend: float = 1.0) -> Schedule | None:
@@ -285,13 +301,13 @@ def _run_error(runs: torch.Tensor, first: int, length: int) -> float:
 
 
 def place_blocks(
-    student: Student, probes: torch.Tensor, blocks: Sequence[str], runs: torch.Tensor, budget: float, period: int = 0
-) -> Schedule | None:
+    student: Student, probes: Probes, blocks: Sequence[str], runs: torch.Tensor, budget: float, period: int = 0
+) -> Schedule:
     """A mask of its own for every branch, by dynamic programming over the age of its value.
 
     Args:
         student: whose program.
-        probes: float32 ``[T, R, B, A]`` from ``measure_probes``.
+        probes: of the B branches, from ``measure_probes``.
         blocks: the B branches.
         runs: of the level of all branches.
         budget: fraction of the full run's MACs.
@@ -299,10 +315,9 @@ def place_blocks(
     """
     steps = student.num_steps
     share = [student.program.block(name).macs / student.program.macs for name in blocks]
-    together = probes[..., 0].double().sum(dim=2).pow(2).mean(dim=1)  # [T], all branches of age 1
     gain = torch.tensor([_run_error(runs, i, 1) if i else 0.0 for i in range(steps)], dtype=torch.float64)
-    gain = gain / together.clamp_min(1e-30)
-    single = (probes.double().pow(2).mean(dim=1) * gain[:, None, None]).sqrt()  # [T, B, A], final error of one value
+    gain = gain / probes.together.clamp_min(1e-30)
+    single = (probes.alone * gain[:, None, None]).sqrt()  # [T, B, A], final error of one value
     # errors of one run add up in step: the square of the sum grows by this much with each step
     added = torch.zeros_like(single)
     total = torch.zeros(steps, len(blocks), dtype=torch.float64)
@@ -321,7 +336,7 @@ def place_blocks(
         return [frozenset(name for b, name in enumerate(blocks) if columns[b][i]) for i in range(steps)]
 
     loads = _meet(solve, student, budget)
-    return Schedule(tuple(loads), 1, 0, kind=f"per block, period {period}" if period else "per block") if loads else None
+    return Schedule(tuple(loads), 1, 0, kind=f"per block, period {period}" if period else "per block")
 
 
 def _best_ages(table: torch.Tensor, price: float) -> list[int]:
@@ -348,11 +363,8 @@ def _best_ages(table: torch.Tensor, price: float) -> list[int]:
     return ages
 
 
-def _meet(solve: Callable[[float], list[frozenset[str]]], student: Student, budget: float) -> list[frozenset[str]] | None:
-    """Bisect the price of MACs until the budget is met, then make up the difference with whole steps.
-
-    ``None`` if no price comes near it.
-    """
+def _meet(solve: Callable[[float], list[frozenset[str]]], student: Student, budget: float) -> list[frozenset[str]]:
+    """What ``solve`` gives at the price of MACs that comes nearest to the budget, by bisection."""
     low, high = 1e-12, 1e6
     best: tuple[float, list[frozenset[str]]] | None = None
     for _ in range(50):

@@ -47,9 +47,9 @@ class Group:
         return cls()
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part: contiguous, so that gathered parts are in order."""
-        per_rank = -(-len(items) // self.size)
-        return list(items[self.rank * per_rank : (self.rank + 1) * per_rank])
+        """This rank's part: contiguous, so that gathered parts are in order; sizes differ by one at most."""
+        count = len(items)
+        return list(items[self.rank * count // self.size : (self.rank + 1) * count // self.size])
 
     def gather(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The parts of every rank, in the order of ranks.

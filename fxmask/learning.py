@@ -16,6 +16,7 @@ journal, so that an interrupted run resumes where it was and several outcomes (`
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +27,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fxmask.candidates import BENDS, Level, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
+from fxmask.candidates import BENDS, Level, Probes, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
 from fxmask.distributed import Group
 from fxmask.errors import InputError, OutcomeError
 from fxmask.journal import Journal
-from fxmask.mask import Mask
+from fxmask.mask import Mask, clean_source
 from fxmask.outcome import TOLERANCE, Outcome
 from fxmask.paper import PaperOptions, learn_paper
 from fxmask.passes.rectify import rectify
@@ -132,7 +133,8 @@ def learn(
             with fresh noise are recorded for it.
         speedup: ratio of total MACs, e.g. 2.0, which is also the default outcome.
         macs: or the fraction of the full MACs to keep.
-        max_error: or the largest relative L2 error of the final samples, on held-out noise.
+        max_error: or the largest relative L2 error of the final samples, on held-out noise. If nothing that saves MACs keeps
+            it, the mask computes everything, with a warning.
         max_graphs: at most this many distinct step graphs.
         seed: of everything random. Same seed, same mask.
         progress: show a progress bar. Ctrl-C ends the learning and returns the best plan so far.
@@ -241,6 +243,7 @@ class Search:
         self.effort = effort
         self.limits = limits
         self.samples = 2 if any(t.stochastic for t in trajectories) else 0
+        self.branches = [block.name for block in self.student.program.branches]
         self.levels = levels_of(self.student, self.samples)
         if effort.kinds:
             names = list(dict.fromkeys(level.name for level in self.levels))[: effort.kinds]
@@ -272,15 +275,11 @@ class Search:
                 for schedule in self._proposals(budget, pool):
                     self._add(pool, schedule, budget)
                 self._search(pool, budget)
-            except KeyboardInterrupt:
-                logger.warning("learning was interrupted; using the best of %d plans so far", len(pool))
-                if not pool:
-                    raise
-                return self._point(min(pool, key=lambda c: c.score), started)
-            try:
                 finalists = self._refined(self._finalists(pool), self.effort.units - (self._units - started))
             except KeyboardInterrupt:
-                logger.warning("learning was interrupted while refining; using the best plan so far")
+                if not pool:
+                    raise
+                logger.warning("learning was interrupted; using the best of %d plans so far", len(pool))
                 return self._point(min(pool, key=lambda c: c.score), started)
         if not finalists:
             raise OutcomeError(
@@ -318,7 +317,6 @@ class Search:
         if self._promising is self.levels:  # what is hopeless at one budget is not tried at the others
             good = {c.schedule.kind.removesuffix(", even") for c in ranked if c.score < ranked[0].score + 8}
             self._promising = [x for x in self.levels if x.name in good]
-        blocks = [b.name for b in self.student.program.branches]
         names = list(dict.fromkeys(c.schedule.kind.removesuffix(", even") for c in ranked))[: self.effort.levels]
         measured: list[tuple[Level, torch.Tensor]] = []
         for name in names:
@@ -326,10 +324,9 @@ class Search:
             runs = self._runs(level)
             measured.append((level, runs))
             yield place(self.student, [(level, runs)], budget)
-            if name == "branches" and blocks:
-                probes = self._probes(blocks)
+            if name == "branches":
                 for period in (0, 6, 4, 3, 2):
-                    yield place_blocks(self.student, probes, blocks, runs, budget, period)
+                    yield place_blocks(self.student, self._probes, self.branches, runs, budget, period)
         if len(measured) > 1 and max(self.student.cost(level.loads) for level, _ in measured) < 0.1:
             yield place(self.student, measured, budget)
 
@@ -343,10 +340,12 @@ class Search:
         rows = self.journal.get(key, measure, self.student)
         return torch.tensor(self.student.group.agree(rows), dtype=torch.float64)
 
-    def _probes(self, blocks: Sequence[str]) -> torch.Tensor:
-        if not hasattr(self, "_probed"):
-            self._probed = measure_probes(self.student, blocks)
-        return self._probed
+    @functools.cached_property
+    def _probes(self) -> Probes:
+        """Of all branches."""
+        measure = lambda: [x.tolist() for x in measure_probes(self.student, self.branches)]  # noqa: E731
+        rows = self.student.group.agree(self.journal.get("probes", measure, self.student))
+        return Probes(*(torch.tensor(x, dtype=torch.float64) for x in rows))
 
     def _add(self, pool: list[Candidate], schedule: Schedule | None, budget: float) -> Candidate | None:
         """Evaluate a schedule, brought to the budget, and add it to the pool, if it keeps the limits."""
@@ -373,9 +372,8 @@ class Search:
         """The schedule within the tolerance of the budget: branches of one more step are formed, or computed."""
         student = self.student
         spent = student.spent(schedule)
-        if abs(spent / budget - 1) <= TOLERANCE * 0.9:
+        if _is_met(budget, spent):
             return schedule
-        branches = list(student.program.branches)
         loads = list(schedule.loads)
         # too dear: the later of two neighbouring full steps is least missed. Too cheap: the middle of the longest run
         if spent > budget:
@@ -384,12 +382,12 @@ class Search:
         else:
             order = sorted((i for i in range(1, len(loads)) if loads[i]), key=lambda i: -_run_length(loads, i))
         for i in order:
-            chosen: frozenset[str] = frozenset() if spent > budget else frozenset(b.name for b in branches)
-            for block in branches:
-                trial = chosen ^ {block.name}
+            chosen: frozenset[str] = frozenset() if spent > budget else frozenset(self.branches)
+            for name in self.branches:
+                trial = chosen ^ {name}
                 loads[i] = trial
                 now = student.spent(replace(schedule, loads=tuple(loads)))
-                if abs(now / budget - 1) <= TOLERANCE * 0.9:
+                if _is_met(budget, now):
                     return replace(schedule, loads=tuple(loads))
                 if (now < budget) == (spent > budget):
                     continue  # one block too many; a smaller one may fit
@@ -423,7 +421,7 @@ class Search:
             current, began, failures = start, self._units, 0
             while self._units - began < self.effort.search / len(starts) and failures < 60:
                 schedule = _neighbour(current.schedule, rng)
-                if schedule is None or abs(self.student.spent(schedule) / budget - 1) > TOLERANCE * 0.9:
+                if schedule is None or not _is_met(budget, self.student.spent(schedule)):
                     failures += 1
                     continue
                 found = self._add(pool, schedule, budget)
@@ -492,10 +490,9 @@ class Search:
             )
 
     def meet_error(self, max_error: float) -> ParetoPoint:
-        """The cheapest plan whose error on held-out noise is at most ``max_error``.
+        """The cheapest plan whose error on held-out noise is at most ``max_error``, by bisection of the budget.
 
-        Raises:
-            OutcomeError: even the dearest plan that saves anything is worse.
+        If there is none, the one that computes everything, with a warning.
         """
         steps = self.student.num_steps
         low, high = 1.5 / steps, 1.0
@@ -546,6 +543,11 @@ class Search:
             )
 
 
+def _is_met(budget: float, spent: float) -> bool:
+    """Whether a schedule meets the budget, with a margin to what is promised."""
+    return abs(spent / budget - 1) <= TOLERANCE * 0.9
+
+
 def _neighbour(schedule: Schedule, rng: random.Random) -> Schedule | None:
     """Two steps close to each other exchange what they form, or one block's; or a step does as another one does."""
     steps = len(schedule.loads)
@@ -577,15 +579,12 @@ def _run_length(loads: Sequence[frozenset[str]], i: int) -> int:
 
 def _key(schedule: Schedule) -> str:
     rows = [sorted(loads) for loads in schedule.loads]
-    return repr((rows, schedule.history, schedule.samples, schedule.blend))
+    return repr((rows, schedule.history, schedule.samples))
 
 
 def _dump(coefficients: Coefficients) -> list[Any]:
-    return [
-        [i, block, [[list(s) if isinstance(s, tuple) else s, c] for s, c in terms]]
-        for (i, block), terms in coefficients.items()
-    ]
+    return [[i, block, terms] for (i, block), terms in coefficients.items()]
 
 
 def _load(rows: Iterable[Any]) -> dict[tuple[int, str], Any]:
-    return {(i, block): tuple((tuple(s) if isinstance(s, list) else s, c) for s, c in terms) for i, block, terms in rows}
+    return {(i, block): tuple((clean_source(s, block), c) for s, c in terms) for i, block, terms in rows}

@@ -60,7 +60,7 @@ class Forecast:
         clean: dict[tuple[int, str], tuple[Term, ...]] = {}
         for (step, block), terms in self.terms.items():
             pairs = terms.items() if isinstance(terms, Mapping) else terms
-            clean[int(step), str(block)] = tuple((_clean_source(source, str(block)), float(c)) for source, c in pairs)
+            clean[int(step), str(block)] = tuple((clean_source(source, str(block)), float(c)) for source, c in pairs)
             sources = [source for source, _ in clean[int(step), str(block)]]
             if not sources or len(set(sources)) != len(sources):
                 raise MaskError(
@@ -73,11 +73,18 @@ class Forecast:
         return Forecast, (dict(self.terms),)
 
 
-def _clean_source(source: Source, block: str) -> Source:
-    if not isinstance(source, tuple):
+def clean_source(source: Any, block: str) -> Source:
+    """A source in its one form: the step alone for the block itself, else (block, step), which JSON turns into a list."""
+    if not isinstance(source, (tuple, list)):
         return int(source)
     other, step = source
     return int(step) if other == block else (str(other), int(step))
+
+
+def slot_of(source: Source, block: str, value: int) -> Slot:
+    """The cached tensor that a source stands for, in the forecast of a cut value of ``block``."""
+    other, step = source if isinstance(source, tuple) else (block, source)
+    return Slot(other, 0 if other == INPUT else value, step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +182,7 @@ class Mask:
 
     def loaded_from(self, step: int, block: str, value: int) -> Load:
         """How ``step`` forms a cut value of ``block``, where it is loaded or blended."""
-        sources = [(x if isinstance(x, tuple) else (block, x), c) for x, c in self.terms(step, block)]
-        terms = tuple((Slot(other, 0 if other == INPUT else value, at), c) for (other, at), c in sources)
-        return Load(block, value, step, terms)
+        return Load(block, value, step, tuple((slot_of(source, block, value), c) for source, c in self.terms(step, block)))
 
     def terms(self, step: int, block: str) -> tuple[Term, ...]:
         """The (source, coefficient) pairs that form ``block`` at ``step``, where it is loaded."""

@@ -14,7 +14,6 @@ from torch import fx
 from fxmask.calls import BoundCall, OutputSpec, Signature
 from fxmask.errors import CaptureError
 from fxmask.mask import INPUT
-from fxmask.passes.count_macs import count_macs
 from fxmask.symbolic import SymbolicGraph
 
 
@@ -118,14 +117,10 @@ class Program:
 
     def coverage(self, kinds: Iterable[str] = ("branch", "stage")) -> float:
         """Share of all MACs that a step is spared when it loads every block of these kinds."""
+        from fxmask.passes.specialize import live_under  # which needs Program
+
         chosen = set(kinds)
-        cut = {value for block in self.blocks if block.kind in chosen for value in block.values}
-        live: set[fx.Node] = set()
-        spent = 0
-        for node in reversed(self.graph_module.graph.nodes):
-            if node.name not in cut and (node.op == "output" or any(user in live for user in node.users)):
-                live.add(node)
-                spent += count_macs(node)
+        _, spent = live_under(self, frozenset(block.name for block in self.blocks if block.kind in chosen))
         return 1 - spent / max(1, self.macs)
 
     @functools.cached_property

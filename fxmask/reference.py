@@ -15,7 +15,7 @@ from torch import fx
 
 from fxmask.errors import MaskError
 from fxmask.mask import INPUT, Mask
-from fxmask.passes.forecast import coefficient_dtype, combine
+from fxmask.passes.forecast import form
 from fxmask.program import Program
 from fxmask.trajectory import Trajectory
 
@@ -87,10 +87,4 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
 def _formed(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Tensor:
     load = mask.loaded_from(step, block, i)
     stored = [cache[slot.step, slot.block, slot.value] for slot, _ in load.terms]
-    if load.plain:
-        return stored[0].clone()
-    dtype = stored[0].dtype
-    table = coefficient_dtype(dtype)
-    coefficients = torch.tensor([c for _, c in load.terms], dtype=table, device=stored[0].device)
-    result: torch.Tensor = combine(lambda op, *a, **k: op(*a, **k), stored, coefficients, 0, dtype, table)
-    return result
+    return stored[0].clone() if load.plain else form(stored, [c for _, c in load.terms])

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fxmask.errors import MaskError
-from fxmask.mask import Forecast, Mask, Source
+from fxmask.mask import Forecast, Mask
 
 VERSION = 1
 JSON, TENSORS = "plan.json", "plan.safetensors"
@@ -56,7 +56,7 @@ def save_mask(folder: str | Path, mask: Mask, facts: Mapping[str, Any], example:
         "version": VERSION,
         "blocks": list(mask.blocks),
         "program": mask.fingerprint,
-        "forecast": [[step, block, [_plain(source) for source, _ in pairs]] for (step, block), pairs in terms],
+        "forecast": [[step, block, [source for source, _ in pairs]] for (step, block), pairs in terms],
         "facts": dict(facts),
     }
     examples: dict[str, torch.Tensor] = {}
@@ -104,10 +104,7 @@ def load_plan(folder: str | Path) -> tuple[Mask, dict[str, Any], dict[str, Any]]
         raise MaskError(f"{folder / TENSORS} is not the file that {JSON} was written with; copy the folder as a whole")
     tensors = load_file(folder / TENSORS)
     values = iter(tensors["coefficients"].tolist())
-    terms = {
-        (step, block): tuple((_source(source), next(values)) for source in sources)
-        for step, block, sources in state["forecast"]
-    }
+    terms = {(step, block): tuple((source, next(values)) for source in sources) for step, block, sources in state["forecast"]}
     mask = Mask(
         tensors["compute"],
         tuple(tensors["timesteps"].tolist()),
@@ -161,14 +158,6 @@ def _from_plain(state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(source: Source) -> Any:
-    return list(source) if isinstance(source, tuple) else source
-
-
-def _source(source: Any) -> Source:
-    return (str(source[0]), int(source[1])) if isinstance(source, list) else int(source)
 
 
 def _digest(path: Path) -> str:

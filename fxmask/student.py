@@ -5,10 +5,10 @@ step ``i`` reads the last K steps at which it was fresh, i.e. computed and live:
 
     v_b(i) ~ sum_k c[i, b, k] * source_k        sources: v_b at fresh steps; for whole outputs also the noisy samples
 
-Coefficients are fitted in two ways. ``fit=True`` solves, step by step along the student's own rollout, the ridge least
-squares problem whose target is what the block would have computed there (closed form, shrunk towards plain reuse).
-``refine`` then minimises the error of the final samples itself by Gauss-Newton, with derivatives by finite differences
-of partial rollouts; there are only a few dozen coefficients.
+Coefficients are fitted in two ways. ``rollout`` solves for those that it is not given, step by step along the student's own
+run, the ridge least squares problem whose target is what the block would have computed there (closed form, shrunk towards
+plain reuse). ``refine`` then minimises the error of the final samples itself by Gauss-Newton, with derivatives by finite
+differences of partial rollouts; there are only a few dozen coefficients.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 
 from fxmask.distributed import Group
 from fxmask.errors import InputError
-from fxmask.mask import INPUT, Forecast, Mask, Source
-from fxmask.passes.rectify import rectify
+from fxmask.mask import INPUT, Forecast, Mask, Slot, Source, slot_of
+from fxmask.passes.forecast import form, wide_dtype
 from fxmask.passes.specialize import CutGraph, cut_graph, live_under
 from fxmask.program import Block, Program
 from fxmask.tracing import recapture
@@ -35,6 +35,7 @@ DAMPING = (1e-4, 1e-2, 1e-1, 1.0)  # tried at once, the best is taken
 
 Terms = tuple[tuple[Source, float], ...]
 Coefficients = Mapping[tuple[int, str], Terms]
+Cache = dict[Slot, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,12 @@ class Schedule:
         history: K, how many fresh values a forecast may read.
         samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any,
             the sampler is stochastic, and blocks that cannot read samples are reused as they are.
-        blend: whether steps that form some blocks, but not the output, blend the output with earlier ones and samples.
         kind: where the schedule came from, for reports.
     """
 
     loads: tuple[frozenset[str], ...]
     history: int = 3
     samples: int = 0
-    blend: bool = False
     kind: str = field(default="", compare=False)
 
     @functools.cached_property
@@ -70,13 +69,13 @@ class Rollout:
         finals: final samples of each trajectory, ``[B, ...]``.
         coefficients: those that were used.
         outputs: per trajectory the prediction of every call, in order.
-        stored: per trajectory and lane, ``{(block, value index, step): value}``.
+        stored: per trajectory and lane, what later steps may read.
     """
 
     finals: list[torch.Tensor]
     coefficients: dict[tuple[int, str], Terms]
     outputs: list[list[torch.Tensor]]
-    stored: list[dict[int, dict[tuple[str, int, int], torch.Tensor]]]
+    stored: list[dict[int, Cache]]
 
 
 class Student:
@@ -112,18 +111,7 @@ class Student:
         self._live: dict[frozenset[str], frozenset[str]] = {}
         self._costs: dict[frozenset[str], int] = {}
 
-        outputs = output_blocks(self.program)
-        self.output = outputs[0].name if len(outputs) == 1 and len(outputs[0].values) == 1 else None
-
     # What a schedule costs and means
-
-    def universe(self, schedule: Schedule) -> frozenset[str]:
-        """Every block whose values the schedule stores or forms."""
-        blended = schedule.blend and self.output is not None and any(self._blends(schedule, loads) for loads in schedule.loads)
-        return schedule.formed | ({self.output} if blended and self.output else frozenset())
-
-    def _blends(self, schedule: Schedule, loads: frozenset[str]) -> bool:
-        return schedule.blend and bool(loads) and self.output is not None and self.output in self.fresh(loads)
 
     def cost(self, loads: frozenset[str]) -> float:
         """Share of the full MACs that a step spends when it forms ``loads``."""
@@ -145,8 +133,6 @@ class Student:
         history = 1 if schedule.samples and not self.reads_samples(block) else schedule.history
         steps = [j for j in reversed(range(step)) if block in self.fresh(schedule.loads[j])][:history]
         sources: list[Source] = list(steps)
-        if block in self.fresh(schedule.loads[step]):
-            sources = [step, *sources]  # a blend
         if schedule.samples and self.reads_samples(block):
             sources += [(INPUT, j) for j in (step, *steps)[: schedule.samples]]
         return sources
@@ -159,10 +145,10 @@ class Student:
 
     def mask(self, schedule: Schedule, coefficients: Coefficients) -> Mask:
         """The schedule as a mask of the program."""
-        names = tuple(block.name for block in self.program.blocks if block.name in self.universe(schedule))
+        names = tuple(block.name for block in self.program.blocks if block.name in schedule.formed)
         # what is dead is not loaded either: rectify turns it off, and computes the live part of a block of several values
         rows = [[name not in loads for name in names] for loads in schedule.loads]
-        terms = {key: value for key, value in coefficients.items() if not _is_plain(schedule, self, key, value)}
+        terms = {key: value for key, value in coefficients.items() if not _is_plain(schedule, key, value)}
         compute = torch.tensor(rows, dtype=torch.bool).reshape(self.num_steps, len(names))
         return Mask(
             compute,
@@ -171,10 +157,6 @@ class Student:
             Forecast(terms) if terms else None,
             self.program.fingerprint,
         )
-
-    def peak_bytes(self, schedule: Schedule, coefficients: Coefficients) -> int:
-        """Largest number of cached bytes per sample and lane."""
-        return rectify(self.program, self.mask(schedule, coefficients)).peak_cache_bytes // max(1, self.program.batch_size)
 
     # Rolling out
 
@@ -199,10 +181,11 @@ class Student:
         loops = [t.loop() for t in self.trajectories]
         used: dict[tuple[int, str], Terms] = dict(coefficients or {})
         outputs: list[list[torch.Tensor]] = [[] for _ in loops]
-        stored: list[dict[int, dict[tuple[str, int, int], torch.Tensor]]] = [{} for _ in loops]
+        stored: list[dict[int, Cache]] = [{} for _ in loops]
         if base is not None:
             for mine, theirs in zip(stored, base.stored, strict=True):
-                mine.update({lane: {k: v for k, v in cache.items() if k[2] < start} for lane, cache in theirs.items()})
+                for lane, cache in theirs.items():
+                    mine[lane] = {slot: value for slot, value in cache.items() if slot.step < start}
         calls = [next(loop) for loop in loops]
         finals: list[torch.Tensor] = []
         try:
@@ -229,44 +212,31 @@ class Student:
         step: int,
         lane: int,
         calls: Sequence[Mapping[str, Any]],
-        caches: Sequence[dict[tuple[str, int, int], torch.Tensor]],
+        caches: Sequence[Cache],
         used: dict[tuple[int, str], Terms],
     ) -> list[torch.Tensor]:
         """One call of every trajectory."""
         loads = schedule.loads[step]
         inputs = [list(self.program.signature.bind((), dict(call)).tensors.values()) for call in calls]
-        if schedule.samples and self.output is not None:
+        if schedule.samples:
             place = self.program.inputs.index(self.program.signature.sample)
             for cache, tensors in zip(caches, inputs, strict=True):
-                cache[INPUT, 0, step] = tensors[place]
+                cache[Slot(INPUT, 0, step)] = tensors[place]
         missing = [name for name in sorted(loads) if (step, name) not in used]
         if missing:
             used.update(self._fit(schedule, step, missing, inputs, caches))
-        universe = self.universe(schedule)
-        emit = tuple(b.name for b in self.program.blocks if b.name in universe and b.name in self.fresh(loads))
+        stored = schedule.formed & self.fresh(loads)
+        emit = tuple(b.name for b in self.program.blocks if b.name in stored)
         graph = self._graph(loads, emit)
         results = []
         self.count(graph.macs)
         for tensors, cache in zip(inputs, caches, strict=True):
-            formed = [self._form(block, i, used[step, block], cache) for block, i in graph.load]
+            formed = [_formed(block, i, used[step, block], cache) for block, i in graph.load]
             produced = graph(tensors, formed)
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
-                cache[block, i, step] = value
+                cache[Slot(block, i, step)] = value
             results.append(produced[0])
-        if self._blends(schedule, loads) and self.output is not None:
-            if (step, self.output) not in used:
-                used.update(self._fit(schedule, step, [self.output], inputs, caches))
-            for n, cache in enumerate(caches):
-                results[n] = cache[self.output, 0, step] = self._form(self.output, 0, used[step, self.output], cache)
         return results
-
-    def _form(self, block: str, i: int, terms: Terms, cache: Mapping[tuple[str, int, int], torch.Tensor]) -> torch.Tensor:
-        values = [cache[_slot(source, block, i)] for source, _ in terms]
-        if len(terms) == 1 and terms[0][1] == 1.0:
-            return values[0]
-        total = sum(v.to(_wide(v.dtype)) * c for v, (_, c) in zip(values, terms, strict=True))
-        assert isinstance(total, torch.Tensor)
-        return total.to(values[0].dtype)
 
     def _fit(
         self,
@@ -274,7 +244,7 @@ class Student:
         step: int,
         blocks: Sequence[str],
         inputs: Sequence[list[torch.Tensor]],
-        caches: Sequence[Mapping[tuple[str, int, int], torch.Tensor]],
+        caches: Sequence[Cache],
     ) -> dict[tuple[int, str], Terms]:
         """Coefficients of some blocks at one step, from what the full network computes there. The first lane decides."""
         sources = {name: self.sources(schedule, step, name) for name in blocks}
@@ -293,8 +263,8 @@ class Student:
             produced = graph(tensors, [])
             moments: dict[str, torch.Tensor] = {}
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
-                basis = torch.stack([cache[_slot(s, block, i)].flatten() for s in sources[block]] + [value.flatten()])
-                wide = basis.to(_wide(basis.dtype))
+                basis = torch.stack([cache[slot_of(s, block, i)].flatten() for s in sources[block]] + [value.flatten()])
+                wide = basis.to(wide_dtype(basis.dtype))
                 moments[block] = moments.get(block, 0) + (wide @ wide.T).double().cpu()
             for name in blocks:
                 sums[name].append(moments[name])
@@ -303,15 +273,15 @@ class Student:
             fitted[step, name] = _solve(moment, sources[name])
         return fitted
 
-    def _drop(self, schedule: Schedule, step: int, stored: list[dict[int, dict[tuple[str, int, int], torch.Tensor]]]) -> None:
+    def _drop(self, schedule: Schedule, step: int, stored: list[dict[int, Cache]]) -> None:
         """Forget what no forecast of a later step can read."""
         for caches in stored:
             for cache in caches.values():
-                for block in {key[0] for key in cache}:
-                    steps = sorted({key[2] for key in cache if key[0] == block})
-                    for old in steps[: -schedule.history - 1]:
-                        for key in [key for key in cache if key[0] == block and key[2] == old and block != INPUT]:
-                            del cache[key]
+                for block in {slot.block for slot in cache} - {INPUT}:
+                    steps = sorted({slot.step for slot in cache if slot.block == block})
+                    old = steps[: -schedule.history - 1]
+                    for slot in [slot for slot in cache if slot.block == block and slot.step in old]:
+                        del cache[slot]
 
     def _graph(self, loads: frozenset[str], emit: tuple[str, ...]) -> CutGraph:
         if (loads, emit) not in self._graphs:
@@ -418,14 +388,9 @@ class Student:
         return [(r.pow(2).mean(dim=1) + floor + 1e-30).rsqrt() for r in self._residuals(rollout)]
 
 
-def _slot(source: Source, block: str, i: int) -> tuple[str, int, int]:
-    if isinstance(source, tuple):
-        return (source[0], 0 if source[0] == INPUT else i, source[1])
-    return (block, i, source)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def _formed(block: str, i: int, terms: Terms, cache: Cache) -> torch.Tensor:
+    values, coefficients = [cache[slot_of(source, block, i)] for source, _ in terms], [c for _, c in terms]
+    return values[0] if coefficients == [1.0] else form(values, coefficients)
 
 
 def _solve(moment: torch.Tensor, sources: Sequence[Source]) -> Terms:
@@ -438,10 +403,9 @@ def _solve(moment: torch.Tensor, sources: Sequence[Source]) -> Terms:
     return tuple(zip(sources, (prior + move).tolist(), strict=True))
 
 
-def _is_plain(schedule: Schedule, student: Student, key: tuple[int, str], terms: Terms) -> bool:
-    if key[1] in student.fresh(schedule.loads[key[0]]):
-        return False
-    latest = next(j for j in reversed(range(key[0])) if key[1] not in schedule.loads[j])  # as the mask has it
+def _is_plain(schedule: Schedule, key: tuple[int, str], terms: Terms) -> bool:
+    step, block = key
+    latest = next(j for j in reversed(range(step)) if block not in schedule.loads[j])  # as the mask has it
     return terms == ((latest, 1.0),)
 
 

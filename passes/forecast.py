@@ -4,7 +4,7 @@
     forecast:     x = stored_0 * c[0] + stored_1 * c[1] + ...     (in float32 where the value has less precision)
 
 The coefficients are one small tensor, an input of the step graph, so that steps with other coefficients share the graph.
-The reference interpreter calls the same function on tensors: both round alike.
+The reference interpreter and the student call the same function on tensors: all round alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def combine(
         dtype: of the stored values.
         table: type of the coefficients.
     """
-    wide = torch.float32 if dtype in LOW_PRECISION else dtype
+    wide = wide_dtype(dtype)
     total = None
     for k, value in enumerate(stored):
         if wide is not dtype:
@@ -42,6 +42,20 @@ def combine(
         term = call(aten.mul.Tensor, value, coefficient)
         total = term if total is None else call(aten.add.Tensor, total, term)
     return total if wide is dtype else call(aten._to_copy.default, total, dtype=dtype)
+
+
+def form(stored: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
+    """The same on tensors: ``sum(stored[k] * coefficients[k])``."""
+    dtype = stored[0].dtype
+    table = coefficient_dtype(dtype)
+    flat = torch.tensor(coefficients, dtype=table, device=stored[0].device)
+    result: torch.Tensor = combine(lambda op, *args, **kwargs: op(*args, **kwargs), stored, flat, 0, dtype, table)
+    return result
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of sums of values of type ``dtype``: float32 where it has less."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
 def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import fxmask
+import pytest
+import torch
+
+from fxmask import api
+from fxmask.distributed import Group
 
 SCRIPT = """
 import datetime, json, os, sys
@@ -18,7 +24,10 @@ import torch.distributed as dist
 sys.path.insert(0, {tests!r})
 from conftest import ddim, labels, tiny_dit
 import fxmask
+from fxmask.candidates import measure_probes
+from fxmask.distributed import Group
 from fxmask.learning import EFFORTS, Effort
+from fxmask.student import Student
 torch.set_num_threads(1)
 EFFORTS["default"] = Effort(units=30, kinds=2, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
 if {ranks} > 1:
@@ -27,7 +36,6 @@ model = tiny_dit()
 runs = [fxmask.record(model, ddim(), 6, 2, labels, None, seed) for seed in range(4)]
 program = fxmask.capture(model, runs[0].calls[0][0])
 if {dies} and dist.get_rank() == 1:
-    from fxmask.student import Student
     original, count = Student.rollout, [0]
     def rollout(self, *args, **kwargs):
         count[0] += 1
@@ -40,9 +48,11 @@ try:
 except fxmask.DistributedError as error:
     print("DistributedError:", error, flush=True)
     os._exit(3)
-if {ranks} == 1 or dist.get_rank() == 0:
+group = Group.current()
+probes = measure_probes(Student(program, group.share(runs), group), [block.name for block in program.branches])
+if group.rank == 0:
     terms = sorted((mask.forecast.terms if mask.forecast else {{}}).items())
-    print("MASK", json.dumps([mask.compute.tolist(), [[list(k), [list(p) for p in v]] for k, v in terms]]), flush=True)
+    print("LEARNED", json.dumps([mask.compute.tolist(), terms, [x.tolist() for x in probes]]), flush=True)
 """
 
 
@@ -69,7 +79,7 @@ def test_two_ranks_learn_what_one_learns():
     assert status == 0
     both = run_ranks(2)
     assert [code for code, _ in both] == [0, 0]
-    assert json.loads(both[0][1].split("MASK ")[1]) == json.loads(alone.split("MASK ")[1])
+    assert json.loads(both[0][1].split("LEARNED ")[1]) == json.loads(alone.split("LEARNED ")[1])
 
 
 def test_a_rank_that_dies_is_an_error():
@@ -79,10 +89,29 @@ def test_a_rank_that_dies_is_an_error():
     assert "another rank died" in output
 
 
-def test_groups_share_in_order():
-    from fxmask.distributed import Group
+def test_groups_share_evenly_and_in_order():
+    for count, size in itertools.product(range(20), range(1, 10)):
+        items = list(range(count))
+        parts = [Group(rank, size).share(items) for rank in range(size)]
+        lengths = [len(part) for part in parts]
+        assert [x for part in parts for x in part] == items
+        assert max(lengths) - min(lengths) <= 1
+        assert min(lengths) > 0 or count < size
 
-    parts = [Group(rank, 3).share(list(range(7))) for rank in range(3)]
-    assert [x for part in parts for x in part] == list(range(7))
-    assert max(map(len, parts)) == 3
-    assert isinstance(fxmask.DistributedError("x"), fxmask.FxmaskError)
+
+@pytest.mark.parametrize("size", range(2, 20))
+def test_accelerate_records_enough_for_every_rank(size, monkeypatch):
+    """Every rank has something to learn from after the last quarter was held out."""
+    recorded = []
+
+    def learn(program, runs, *args, **kwargs):
+        recorded.extend(runs)
+        raise InterruptedError
+
+    monkeypatch.setattr(Group, "current", classmethod(lambda cls: cls(0, size)))
+    monkeypatch.setattr(api, "record", lambda *args: SimpleNamespace(calls=[[None]]))
+    monkeypatch.setattr(api, "capture", lambda *args: None)
+    monkeypatch.setattr(api, "learn", learn)
+    with pytest.raises(InterruptedError):
+        api.accelerate(torch.nn.Identity().eval(), None, progress=False)
+    assert len(recorded) - len(recorded) // 4 >= size
