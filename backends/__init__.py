@@ -6,21 +6,45 @@ if __name__ != "fxmask.backends":  # see passes/__init__.py
     raise ImportError(f"import fxmask.backends, not {__name__}")
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-from torch import fx
-
-from fxmask.backends.eager import compile_eager
-from fxmask.backends.inductor import compile_inductor
+from fxmask.backends.compiler import Compiler
+from fxmask.backends.eager import Eager
+from fxmask.backends.inductor import Regions, WholeGraphs
 from fxmask.errors import BackendError
 
-Backend = Callable[[fx.GraphModule], Callable[..., Any]]
 
-BACKENDS: dict[str, Backend] = {"eager": compile_eager, "inductor": compile_inductor}
+@dataclass(frozen=True)
+class Backend:
+    """A way to run step graphs.
+
+    Attributes:
+        compilers: mode -> maker of a compiler for the step graphs of one program; the first mode is the default.
+        exact: whether results have the bits of the program's own operators.
+    """
+
+    compilers: dict[str, Callable[[], Compiler]]
+    exact: bool = False
+
+    def compiler(self, mode: str | None) -> Compiler:
+        """A compiler of a mode, or of the default one.
+
+        Raises:
+            BackendError: there is no such mode.
+        """
+        if mode is not None and mode not in self.compilers:
+            raise BackendError(f"unknown mode {mode!r}; choose one of {sorted(self.compilers)}")
+        return self.compilers[mode or next(iter(self.compilers))]()
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend({"whole": Eager}, exact=True),
+    "inductor": Backend({"regions": Regions, "whole": WholeGraphs}),
+}
 
 
 def get_backend(name: str) -> Backend:
-    """The function that compiles one step graph.
+    """The backend of that name.
 
     Raises:
         BackendError: there is no backend of that name.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
 
-def compile_eager(graph_module: fx.GraphModule) -> Callable[..., Any]:
+class Eager:
     """The graph's own generated Python code."""
-    return graph_module
+
+    def learn(self, graph_modules: Sequence[fx.GraphModule]) -> None:
+        """Nothing depends on other graphs."""
+
+    def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
+        """The graph itself."""
+        return graph_module

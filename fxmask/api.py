@@ -25,7 +25,7 @@ from fxmask.tracing import capture
 from fxmask.trajectory import record
 
 RECORDED_BATCH = 8
-RECORDED_RUNS = 4  # to learn from; the last one is kept for the final comparison
+RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
 
 
 def accelerate(
@@ -45,6 +45,7 @@ def accelerate(
     effort: str = "default",
     checkpoint: str | Path | None = None,
     backend: str = "inductor",
+    mode: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> AcceleratedModel:
@@ -66,7 +67,9 @@ def accelerate(
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
         effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it.
-        backend: ``"inductor"`` (torch.compile) or ``"eager"``.
+        backend: ``"inductor"`` (the compiler of torch.compile) or ``"eager"``.
+        mode: how Inductor compiles: ``"regions"`` (the default: equal parts of all step graphs once) or ``"whole"`` (each
+            step graph on its own, which takes longer to compile).
         seed: of the recorded noise and of learning.
         progress: show progress bars.
 
@@ -79,14 +82,14 @@ def accelerate(
     outcome = Outcome(speedup, macs, max_error)
     if mask is not None:
         outcome.refuse_with("mask")
-    get_backend(backend)
+    get_backend(backend).compiler(mode)
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise InputError(f"{type(model).__name__} is in training mode; call model.eval() first")
     if mask is None:
         group = Group.current()
-        seeds = [seed + k for k in range(max(RECORDED_RUNS, group.size + 1))]
+        seeds = [seed + k for k in range(max(RECORDED_RUNS, 2 * group.size))]
     else:
         seeds = [seed]
     trajectories = [
@@ -117,9 +120,8 @@ def accelerate(
             "mask was made for"
         )
     plan = rectify(program, mask)
-    accelerated = compile(program, plan, backend)
-    accelerated._fxmask.facts.update(_facts(scheduler, num_inference_steps, step_kwargs))
-    return accelerated.compile_all(progress) if backend != "eager" else accelerated
+    accelerated = compile(program, plan, backend, mode)
+    return _finish(accelerated, _facts(scheduler, num_inference_steps, step_kwargs), progress)
 
 
 def load(
@@ -128,6 +130,7 @@ def load(
     scheduler: Any = None,
     *,
     backend: str | None = None,
+    mode: str | None = None,
     progress: bool = True,
 ) -> AcceleratedModel:
     """Accelerate a model with a plan that ``AcceleratedModel.save`` wrote.
@@ -137,6 +140,7 @@ def load(
         model: the same architecture, in eval mode; its weights are its own.
         scheduler: if given, must be what the plan was made for.
         backend: other than the saved one.
+        mode: of the backend, other than the saved one.
         progress: show a progress bar while compiling.
 
     Raises:
@@ -158,11 +162,20 @@ def load(
             f"{type(model).__name__} has {program.fingerprint}"
             + (f"; it has no blocks {missing[:5]}" if missing else "; it has blocks of these names, but other operators")
         )
-    accelerated = compile(program, rectify(program, mask, facts["start"]), backend or facts["backend"])
-    accelerated._fxmask.facts.update(
-        {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
+    accelerated = compile(
+        program,
+        rectify(program, mask, facts["start"]),
+        backend or facts["backend"],
+        mode if backend or mode else facts.get("mode"),
     )
-    return accelerated.compile_all(progress) if (backend or facts["backend"]) != "eager" else accelerated
+    kept = {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
+    return _finish(accelerated, kept, progress)
+
+
+def _finish(accelerated: AcceleratedModel, facts: Mapping[str, Any], progress: bool) -> AcceleratedModel:
+    """The model with what ``save`` will write, compiled if its backend compiles anything."""
+    accelerated._fxmask.facts.update(facts)
+    return accelerated if accelerated._fxmask.backend == "eager" else accelerated.compile_all(progress)
 
 
 def _facts(scheduler: Any, num_inference_steps: int, step_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -170,17 +183,18 @@ def _facts(scheduler: Any, num_inference_steps: int, step_kwargs: Mapping[str, A
     return {"scheduler": scheduler_facts(scheduler), "num_inference_steps": num_inference_steps, "step_kwargs": plain}
 
 
-def compile(program: Program, plan: Plan, backend: str = "inductor") -> AcceleratedModel:
+def compile(program: Program, plan: Plan, backend: str = "inductor", mode: str | None = None) -> AcceleratedModel:
     """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
 
     Args:
         program: from ``fxmask.capture``.
         plan: from ``fxmask.rectify`` of the same program.
-        backend: ``"inductor"`` (torch.compile) or ``"eager"``.
+        backend: ``"inductor"`` (the compiler of torch.compile) or ``"eager"``.
+        mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
 
     Raises:
         MaskError: the plan belongs to another program.
-        BackendError: unknown backend.
+        BackendError: unknown backend or mode.
     """
     program.require_verified()
-    return AcceleratedModel(program, plan, backend)
+    return AcceleratedModel(program, plan, backend, mode)

@@ -25,7 +25,7 @@ import torch
 from fxmask.calls import RETURN_DICT, BoundCall
 from fxmask.clock import Clock, version_of
 from fxmask.errors import CaptureError, MaskError
-from fxmask.executor import Cache, Executor, GraphStore
+from fxmask.executor import Cache, Executor, GraphStore, Row
 from fxmask.mask import Mask, Plan
 from fxmask.passes.rectify import rectify
 from fxmask.program import Block, Program
@@ -45,13 +45,13 @@ IDLE_CALLS = 64
 class _Variant:
     """The program captured for one form of call (shapes, types, static arguments), and its executors by start step."""
 
-    def __init__(self, program: Program, mask: Mask, backend: str, plan: Plan | None = None) -> None:
+    def __init__(self, program: Program, mask: Mask, backend: str, mode: str | None, plan: Plan | None = None) -> None:
         self.program = program
         self.mask = mask
         self.key = program.example.key
         self._anchor = next(iter(program.weights.values()), None)
         self._place = self._anchor.device if self._anchor is not None else None
-        self.graphs = GraphStore(program, backend)
+        self.graphs = GraphStore(program, backend, mode)
         self._executors: dict[int, Executor] = {}
         if plan is not None:
             self._executors[plan.start] = Executor(plan, self.graphs)
@@ -76,6 +76,7 @@ class _Lane:
     start: int = 0
     position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
     cache: Cache = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)  # what was computed when its run began
     seen: int = 0  # when it was last called, in calls of its generation
     latest: int | None = None  # the step of the latest call that the plan knows
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
@@ -83,6 +84,7 @@ class _Lane:
     def forget(self) -> None:
         self.position = None
         self.cache = {}
+        self.rows = []
 
 
 class Generation:
@@ -127,11 +129,12 @@ class Generation:
             return variant.executor(0).run_full(tensors)
         if step != lane.position:
             lane.start, lane.cache = step, {}
+            lane.rows = variant.executor(step).begin(tensors)
         else:
             self.matched += 1
         # If the step raises, the position is not known to have been reached: the next call must not go on from it.
         lane.position = None
-        outputs = variant.executor(lane.start).run_step(step, tensors, lane.cache)
+        outputs = variant.executor(lane.start).run_step(step, tensors, lane.cache, lane.rows)
         lane.position = step + 1
         return outputs
 
@@ -265,6 +268,7 @@ class _Private:
     program: Program
     plan: Plan
     backend: str
+    mode: str | None
     variants: dict[tuple[Any, ...], _Variant]
     weights: tuple[Any, ...]
     # The marked generation, and one that is inferred where none is marked.
@@ -287,21 +291,23 @@ class AcceleratedModel(torch.nn.Module):
         program: the captured denoiser.
         plan: of this program, from ``fxmask.rectify``.
         backend: ``"inductor"`` or ``"eager"``.
+        mode: of the backend, see ``fxmask.compile``.
     """
 
-    def __init__(self, program: Program, plan: Plan, backend: str = "inductor") -> None:
+    def __init__(self, program: Program, plan: Plan, backend: str = "inductor", mode: str | None = None) -> None:
         super().__init__()
         if plan.fingerprint != program.fingerprint:
             raise MaskError(
                 f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
             )
         model = program.model
-        variant = _Variant(program, plan.source, backend, plan)
+        variant = _Variant(program, plan.source, backend, mode, plan)
         private = _Private(
             model=model,
             program=program,
             plan=plan,
             backend=backend,
+            mode=mode,
             variants={program.example.key: variant},
             weights=_weights_of(model),
             current=contextvars.ContextVar("fxmask_generation", default=None),
@@ -369,7 +375,12 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
         facts = {**private.facts, "model": type(private.model).__name__, "roles": roles, "start": private.plan.start}
-        save_mask(folder, private.plan.source, {**facts, "backend": private.backend}, private.program.example.arguments)
+        save_mask(
+            folder,
+            private.plan.source,
+            {**facts, "backend": private.backend, "mode": private.mode},
+            private.program.example.arguments,
+        )
 
     def compile_all(self, progress: bool = False) -> AcceleratedModel:
         """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""
@@ -412,7 +423,7 @@ class AcceleratedModel(torch.nn.Module):
         key = bound.key
         weights = _weights_of(private.model)
         sample = bound.tensors[private.program.signature.sample]
-        if any(device != sample.device for _, _, device in weights):
+        if any(device != sample.device for _, _, device, _ in weights):
             # Offloading moves weights in hooks of the original's forward, which a graph does not call.
             self._warn_once("offloaded", "the weights are not where the sample is, so the original model runs, unaccelerated")
             return None
@@ -432,7 +443,7 @@ class AcceleratedModel(torch.nn.Module):
                     private.refused.add(key)
                     self._warn_once(key, f"this form of call runs unaccelerated, with the original model: {error}")
                     return None
-                private.variants[key] = _Variant(program, private.plan.source, private.backend)
+                private.variants[key] = _Variant(program, private.plan.source, private.backend, private.mode)
             return private.variants[key]
 
     def _warn_once(self, topic: Any, message: str) -> None:
@@ -473,7 +484,7 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
         example = private.program.example.arguments
-        return _restore, (private.model, example, roles, private.plan.source, private.plan.start, private.backend)
+        return _restore, (private.model, example, roles, private.plan.source, private.plan.start, private.backend, private.mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, arguments = self.__reduce__()
@@ -481,11 +492,17 @@ class AcceleratedModel(torch.nn.Module):
 
 
 def _restore(
-    model: torch.nn.Module, example: Mapping[str, Any], roles: Mapping[str, str], mask: Mask, start: int, backend: str
+    model: torch.nn.Module,
+    example: Mapping[str, Any],
+    roles: Mapping[str, str],
+    mask: Mask,
+    start: int,
+    backend: str,
+    mode: str | None,
 ) -> AcceleratedModel:
     """Capture and plan again, after unpickling or a deep copy."""
     program = capture(model, example, {name.split(".")[0]: role for name, role in roles.items()})
-    return AcceleratedModel(program, rectify(program, mask, start), backend)
+    return AcceleratedModel(program, rectify(program, mask, start), backend, mode)
 
 
 def _who() -> tuple[int, int | None]:
@@ -498,9 +515,9 @@ def _who() -> tuple[int, int | None]:
 
 
 def _weights_of(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Identity, type and place of every parameter and buffer: what a captured graph relies on."""
+    """Identity, type, place and layout of every parameter and buffer: what a captured graph relies on."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return tuple((id(x), x.dtype, x.device) for x in tensors)
+    return tuple((id(x), x.dtype, x.device, x.stride()) for x in tensors)
 
 
 def _detached(bound: BoundCall) -> BoundCall:

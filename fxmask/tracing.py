@@ -317,7 +317,9 @@ def _trial_inputs(bound: BoundCall, timestep: str | None, many: bool = False) ->
             value = last * (k + 0.5) / MANY
             yield f"{timestep}={value:g}", tuple({**tensors, timestep: torch.full_like(t, value)}.values())
             shift = 0.1 * (-1) ** k * 2 ** (k / 3)  # both ways, from small to far beyond noise: a mean has a sign
-            shifted = {n: x + shift if n != timestep and x.is_floating_point() and x.dim() > 1 else x for n, x in tensors.items()}
+            shifted = {
+                n: x + shift if n != timestep and x.is_floating_point() and x.dim() > 1 else x for n, x in tensors.items()
+            }
             yield f"values shifted by {shift:.2g}", tuple(shifted.values())
 
 

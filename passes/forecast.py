@@ -3,7 +3,7 @@
     plain reuse:  x = stored
     forecast:     x = stored_0 * c[0] + stored_1 * c[1] + ...     (in float32 where the value has less precision)
 
-The coefficients are one small tensor, an input of the step graph, so that steps with other coefficients share the graph.
+The coefficients are a small tensor, an input of the step graph, so that steps with other coefficients share the graph.
 The reference interpreter and the student call the same function on tensors: all round alike.
 """
 
@@ -18,28 +18,21 @@ aten = torch.ops.aten
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def combine(
-    call: Callable[..., Any], stored: Sequence[Any], coefficients: Any, offset: int, dtype: torch.dtype, table: torch.dtype
-) -> Any:
-    """Emit ``sum(stored[k] * coefficients[offset + k])``.
+def combine(call: Callable[..., Any], stored: Sequence[Any], coefficients: Any, dtype: torch.dtype) -> Any:
+    """Emit ``sum(stored[k] * coefficients[k])``.
 
     Args:
         call: ``call(operator, *arguments)``: emits a node, or runs the operator.
         stored: K stored values of one shape.
-        coefficients: 1-D tensor with the coefficients from ``offset`` on.
-        offset: position of the first coefficient.
+        coefficients: 1-D tensor of type ``coefficient_dtype(dtype)``.
         dtype: of the stored values.
-        table: type of the coefficients.
     """
     wide = wide_dtype(dtype)
     total = None
     for k, value in enumerate(stored):
         if wide is not dtype:
             value = call(aten._to_copy.default, value, dtype=wide)
-        coefficient = call(aten.select.int, coefficients, 0, offset + k)
-        if table is not coefficient_dtype(dtype):  # the product of a scalar value would have the coefficient's type
-            coefficient = call(aten._to_copy.default, coefficient, dtype=coefficient_dtype(dtype))
-        term = call(aten.mul.Tensor, value, coefficient)
+        term = call(aten.mul.Tensor, value, call(aten.select.int, coefficients, 0, k))
         total = term if total is None else call(aten.add.Tensor, total, term)
     return total if wide is dtype else call(aten._to_copy.default, total, dtype=dtype)
 
@@ -47,9 +40,8 @@ def combine(
 def form(stored: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
     """The same on tensors: ``sum(stored[k] * coefficients[k])``."""
     dtype = stored[0].dtype
-    table = coefficient_dtype(dtype)
-    flat = torch.tensor(coefficients, dtype=table, device=stored[0].device)
-    result: torch.Tensor = combine(lambda op, *args, **kwargs: op(*args, **kwargs), stored, flat, 0, dtype, table)
+    flat = torch.tensor(coefficients, dtype=coefficient_dtype(dtype), device=stored[0].device)
+    result: torch.Tensor = combine(lambda op, *args, **kwargs: op(*args, **kwargs), stored, flat, dtype)
     return result
 
 

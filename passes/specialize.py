@@ -21,6 +21,7 @@ from torch import fx
 from fxmask.mask import Load, Plan, Slot
 from fxmask.passes.count_macs import count_macs
 from fxmask.passes.forecast import coefficient_dtype, combine
+from fxmask.passes.merge_common import merge_common
 from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
 from fxmask.passes.remove_dead import remove_dead
 from fxmask.program import Program
@@ -45,9 +46,10 @@ class StepGraph:
     """One specialised graph and how to call it.
 
     Attributes:
-        graph_module: called as ``graph_module(*inputs, *coefficients, *cached)``; returns (outputs..., stores...).
+        graph_module: called as ``graph_module(*inputs, *staged, *coefficients, *cached)``; returns (outputs..., stores...).
         inputs: positions, in ``Program.inputs``, of the arguments that the graph needs.
-        coefficients: whether a coefficient tensor follows, one entry per term of every forecast, in load order.
+        staged: names of the staged values that the graph needs.
+        coefficients: positions, in the step's ``formed`` values, of the forecasts; a coefficient tensor follows for each.
         load: (block, value index, number of cached values) in the order of the cached arguments.
         store: (block, value index) of the extra outputs.
         num_outputs: how many outputs come before them.
@@ -56,7 +58,8 @@ class StepGraph:
 
     graph_module: fx.GraphModule
     inputs: tuple[int, ...]
-    coefficients: bool
+    staged: tuple[str, ...]
+    coefficients: tuple[int, ...]
     load: tuple[tuple[str, int, int], ...]
     store: tuple[tuple[str, int], ...]
     num_outputs: int
@@ -68,20 +71,34 @@ class StepGraph:
         return "step graph of steps " + ", ".join(map(str, self.steps))
 
 
-def specialize(program: Program, plan: Plan) -> tuple[StepGraph, ...]:
+def specialize(program: Program, plan: Plan, staged: Mapping[str, str] | None = None) -> tuple[StepGraph, ...]:
     """The distinct step graphs of a plan; ``plan.steps[i].graph`` is an index into them."""
     users: dict[int, list[int]] = {}
     for i, step in enumerate(plan.steps):
         if step.graph >= 0:
             users.setdefault(step.graph, []).append(i)
-    return tuple(specialize_step(program, plan, steps) for _, steps in sorted(users.items()))
+    return tuple(specialize_step(program, plan, steps, staged) for _, steps in sorted(users.items()))
 
 
 @graph_pass(requires=(functional, has_shapes, one_output_tuple), ensures=(functional, one_output_tuple))
-def specialize_step(program: Program, plan: Plan, steps: list[int]) -> StepGraph:
-    """The graph that ``steps``, which share one, run."""
+def specialize_step(
+    program: Program,
+    plan: Plan,
+    steps: list[int],
+    staged: Mapping[str, str] | None = None,
+    marks: Mapping[str, Sequence[str]] | None = None,
+) -> StepGraph:
+    """The graph that ``steps``, which share one, run.
+
+    Args:
+        program: the captured denoiser.
+        plan: of this program.
+        steps: have one graph in the plan.
+        staged: nodes whose values the graph is given -> the staged value that is equal to each.
+        marks: keys for the ``meta`` of nodes.
+    """
     first = plan.steps[steps[0]]
-    return _build(program, first.load, first.emit, tuple(steps), first.blend)
+    return _build(program, first.load, first.emit, tuple(steps), first.blend, staged, marks)
 
 
 @dataclass(frozen=True)
@@ -151,25 +168,37 @@ def _build(
     store: tuple[tuple[str, int], ...],
     steps: tuple[int, ...],
     blend: tuple[Load, ...] = (),
+    staged: Mapping[str, str] | None = None,
+    marks: Mapping[str, Sequence[str]] | None = None,
 ) -> StepGraph:
     source = program.graph_module
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in source.graph.find_nodes(op="placeholder"):
         values[node] = graph.node_copy(node)
+    sources = staged or {}
+    given = {name: graph.placeholder(f"staged_{name}") for name in dict.fromkeys(sources.values())}
+    for name, placeholder in given.items():
+        placeholder.meta = dict(program.node(name).meta)
     former = _Former(program, graph, load, blend, values)
     for node in source.graph.nodes:
         if node.name in former.loads:
             values[node] = former.loaded(node.name)
         elif node.op not in ("placeholder", "output"):
-            values[node] = graph.node_copy(node, lambda n: values[n])
+            values[node] = given[sources[node.name]] if node.name in sources else graph.node_copy(node, lambda n: values[n])
+            if values[node].op == "call_function":
+                values[node].meta.update(dict.fromkeys((marks or {}).get(node.name, ()), True))
             if node.name in former.blends:
                 values[node] = former.blended(node.name, values[node])
-    stored = [values[program.node(program.block(block).values[i])] for block, i in store]
     results = [values[n] for n in next(iter(source.graph.find_nodes(op="output"))).args[0]]
-    outputs = _unalias_outputs(graph, results, set(stored) | set(former.cached))
-    stored = [value if _is_fresh(value) else _clone(graph, value) for value in stored]
-    graph.output((*outputs, *stored))
+    end = graph.output((*results, *(values[program.node(program.block(block).values[i])] for block, i in store)))
+    merge_common(graph)  # before memory is told apart: a merged output and store are one tensor
+    merged = list(end.args[0])
+    results, stored = merged[: len(results)], merged[len(results) :]
+    with graph.inserting_before(end):
+        results = _unalias_outputs(graph, results, set(stored) | set(former.cached) | set(given.values()))
+        stored = [value if _is_fresh(value) else _clone(graph, value) for value in stored]
+    end.args = ((*results, *stored),)
     remove_dead(graph)
     used = []
     for position, node in enumerate(list(graph.find_nodes(op="placeholder"))[: len(program.inputs)]):
@@ -177,11 +206,16 @@ def _build(
             used.append(position)
         else:
             graph.erase_node(node)
+    needed = tuple(name for name, node in given.items() if node.users)
+    for node in given.values():
+        if not node.users:
+            graph.erase_node(node)
     module = fx.GraphModule(source, graph, class_name="StepGraph")
     return StepGraph(
         graph_module=module,
         inputs=tuple(used),
-        coefficients=former.table is not None,
+        staged=needed,
+        coefficients=tuple(k for k, x in enumerate(load + blend) if not x.plain),
         load=tuple((x.block, x.value, len(x.slots)) for x in load + blend),
         store=store,
         num_outputs=len(results),
@@ -209,24 +243,22 @@ class _Former:
         inputs: Mapping[fx.Node, fx.Node],
     ) -> None:
         names = {x: program.block(x.block).values[x.value] for x in load + blend}
-        forecasts = [x for x in load + blend if not x.plain]
         self.graph = graph
-        self.table = graph.placeholder("coefficients") if forecasts else None
         self.loads = {names[x]: x for x in load}
         self.blends = {names[x]: x for x in blend}
         self._present = inputs[program.node(program.input_block.values[0])]
+        self._like = {x: program.node(names[x]) for x in load + blend}
+        self._coefficients = {x: self._coefficient_input(x) for x in load + blend if not x.plain}
         self._stored: dict[Load, list[fx.Node]] = {}
-        self._offset: dict[Load, int] = {}
-        self._type = {x: program.node(names[x]).meta["val"].dtype for x in load + blend}
-        self._table_type = _table_dtype(program, forecasts)
-        offset = 0
         for x in load + blend:
             self._stored[x] = [graph.placeholder(f"cache_{names[x]}_{k}") for k in range(len(x.slots))]
             for node in self._stored[x]:
-                node.meta = dict(program.node(names[x]).meta)
-            if not x.plain:
-                self._offset[x] = offset
-                offset += len(x.terms)
+                node.meta = dict(self._like[x].meta)
+
+    def _coefficient_input(self, x: Load) -> fx.Node:
+        node = self.graph.placeholder(f"coefficients_{self._like[x].name}")
+        node.meta = {"val": forecast_coefficients(x, self._like[x].meta["val"])}
+        return node
 
     @property
     def cached(self) -> list[fx.Node]:
@@ -248,28 +280,18 @@ class _Former:
         for slot, _ in x.terms:
             present = computed if slot.block == x.block else self._present
             sources.append(next(ahead) if slot.step < x.step else present)
-        result = combine(self._call, sources, self.table, self._offset[x], self._type[x], self._table_type)
+        result = combine(self._call, sources, self._coefficients[x], self._like[x].meta["val"].dtype)
         assert isinstance(result, fx.Node)
+        result.meta = dict(self._like[x].meta)
         return result
 
     def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
 
 
-def forecast_coefficients(program: Program, load: tuple[Load, ...]) -> torch.Tensor | None:
-    """The coefficient tensor of one step, 1-D in load order, or ``None`` if nothing is forecast."""
-    forecasts = [x for x in load if not x.plain]
-    if not forecasts:
-        return None
-    value = program.node(program.block(forecasts[0].block).values[forecasts[0].value]).meta["val"]
-    flat = [c for x in forecasts for _, c in x.terms]
-    return torch.tensor(flat, dtype=_table_dtype(program, forecasts), device=value.device)
-
-
-def _table_dtype(program: Program, forecasts: Sequence[Load]) -> torch.dtype:
-    """The finest type that the coefficients of any of these values need."""
-    types = {coefficient_dtype(program.node(program.block(x.block).values[x.value]).meta["val"].dtype) for x in forecasts}
-    return torch.float64 if torch.float64 in types else torch.float32
+def forecast_coefficients(load: Load, like: torch.Tensor) -> torch.Tensor:
+    """The coefficients of a forecast, 1-D, in the precision and on the device for values like ``like``."""
+    return torch.tensor([c for _, c in load.terms], dtype=coefficient_dtype(like.dtype), device=like.device)
 
 
 def _is_fresh(node: fx.Node) -> bool:

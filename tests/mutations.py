@@ -82,10 +82,10 @@ MUTATIONS = [
     ),
     Mutation("specialise: dead code stays", "passes/specialize.py", "    remove_dead(graph)\n", ""),
     Mutation(
-        "specialise: every forecast reads the first coefficients",
-        "passes/specialize.py",
-        "            offset += len(x.terms)\n",
-        "",
+        "forecast: every term reads the first coefficient",
+        "passes/forecast.py",
+        "coefficients, 0, k))",
+        "coefficients, 0, 0))",
     ),
     Mutation(
         "functionalise: writes to buffers are accepted",

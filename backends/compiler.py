@@ -1,0 +1,18 @@
+"""What a backend does for the step graphs of one program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import fx
+
+
+class Compiler(Protocol):
+    """Makes callables of step graphs."""
+
+    def learn(self, graph_modules: Sequence[fx.GraphModule]) -> None:
+        """See all step graphs of a plan before the first of them is compiled."""
+
+    def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
+        """A callable that computes what the graph computes."""

@@ -1,0 +1,45 @@
+"""Common subexpressions: nodes with the same operator and arguments are computed once.
+
+    before:  %a = sin(%f); %b = sin(%f); %y = add(%a, %b)
+    after:   %a = sin(%f);               %y = add(%a, %a)
+
+The graphs are functional, so equal nodes have equal values, unless they draw random numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmask.passes.observer import functional, graph_pass
+
+
+@graph_pass(requires=(functional,), ensures=(functional,), otherwise=lambda graph: 0)
+def merge_common(graph: fx.Graph) -> int:
+    """Merge equal nodes of a functional graph in place; returns how many went."""
+    known: dict[Any, fx.Node] = {}
+    merged = 0
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
+        if key in known:
+            node.replace_all_uses_with(known[key])
+            graph.erase_node(node)
+            merged += 1
+        else:
+            known[key] = node
+    return merged
+
+
+def _hashable(value: Any) -> Any:
+    """Arguments as a key. ``1``, ``1.0`` and ``True`` are equal in Python, not in an operator's arguments."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _hashable(v)) for k, v in value.items())
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
