@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fxmask.backends.compiler import Compiler
+from fxmask.backends.cudagraph import CudaGraphs
 from fxmask.backends.eager import Eager
 from fxmask.backends.inductor import Regions, WholeGraphs
 from fxmask.errors import BackendError
@@ -40,6 +41,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "eager": Backend({"whole": Eager}, exact=True),
     "inductor": Backend({"regions": Regions, "whole": WholeGraphs}),
+    "cudagraph": Backend({"regions": lambda: CudaGraphs(Regions()), "whole": lambda: CudaGraphs(WholeGraphs())}),
 }
 
 

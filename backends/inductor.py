@@ -7,13 +7,16 @@ there is no recompile limit behind which graphs silently run eagerly, and what i
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import logging
 import operator
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -22,7 +25,7 @@ from fxmask.passes.lift_weights import lift_weights
 from fxmask.passes.split_regions import COMPILATION_NODES, Region, Vocabulary, is_view
 
 logger = logging.getLogger(__name__)
-BUDGET = 1.5  # regions have at most this many times the nodes of the largest step graph
+BUDGET = 4.0  # regions have at most this many times the nodes of the largest step graph
 compilations = 0  # by this process; tests count them
 _counting = threading.Lock()
 
@@ -120,8 +123,9 @@ def _schedule(graph_module: fx.GraphModule, regions: Sequence[Region], runs: Seq
     scope: dict[str, Any] = {f"r{k}": run for k, run in enumerate(runs)}
     scope.update({names[name]: weight for name, weight in weights.items()})
     exec("\n".join(lines), scope)
-    run: Callable[..., Any] = scope["run"]
-    return run
+    run: Any = scope["run"]
+    run.parts = tuple(runs)
+    return run  # type: ignore[no-any-return]
 
 
 class Compiled:
@@ -137,6 +141,7 @@ class Compiled:
         self._weights = tuple(weights)
         self._run: Callable[..., Any] | None = None
         self._strides: list[tuple[int, ...]] = []
+        self.code: list[str] = []  # what Inductor generated, where ``generated_code`` was active
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
@@ -145,7 +150,8 @@ class Compiled:
             with self._lock:
                 if self._run is None:
                     self._strides = [x.stride() for x in arguments]
-                    self._run = compile_graph(self._graph_module, [*self._weights, *arguments])
+                    with _collected(self.code):
+                        self._run = compile_graph(self._graph_module, [*self._weights, *arguments])
         elif [x.stride() for x in arguments] != self._strides:
             arguments = tuple(map(_restride, arguments, self._strides))
         return self._run(*self._weights, *arguments)
@@ -179,3 +185,41 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+_collecting: contextvars.ContextVar[bool] = contextvars.ContextVar("fxmask_collecting", default=False)
+
+
+@contextlib.contextmanager
+def generated_code() -> Iterator[None]:
+    """Keep the code that Inductor generates inside; nothing is taken from its cache."""
+    token = _collecting.set(True)
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            yield
+    finally:
+        _collecting.reset(token)
+
+
+@contextlib.contextmanager
+def _collected(code: list[str]) -> Iterator[None]:
+    if not _collecting.get():
+        yield
+        return
+    from torch._inductor.graph import GraphLowering
+
+    with mock.patch.object(GraphLowering, "save_output_code", code.append):
+        yield
+
+
+def parts_of(run: Any) -> tuple[Compiled, ...]:
+    """The compilations behind what a compiler of this module returned."""
+    return (run,) if isinstance(run, Compiled) else tuple(getattr(run, "parts", ()))
+
+
+def count_calls(code: str) -> tuple[int, int]:
+    """How many generated kernels and how many library routines a generated module calls."""
+    lines = code[code.find("def call(") :].splitlines()
+    kernels = sum(bool(re.match(r"\s+(?:\w+ = )?(?:cpp_fused\w*\(|triton_\w+\.run\()", line)) for line in lines)
+    externs = sum(bool(re.match(r"\s+(?:\w+ = )?(?:extern_kernels\.|torch\.ops\.|aten\.)", line)) for line in lines)
+    return kernels, externs

@@ -55,6 +55,11 @@ class GraphStore:
                     self._specialize(plan)
         return self._graphs[key]
 
+    def prepare(self, plan: Plan) -> None:
+        """Specialise all step graphs of a plan now; each is compiled at its first call."""
+        with self._lock:
+            self._specialize(plan)
+
     def _specialize(self, plan: Plan) -> None:
         """The graphs of a plan that are not there yet."""
         marks: dict[str, list[str]] = {name: [JOIN] for name in joins(self.program)}

@@ -184,6 +184,7 @@ class Vocabulary:
     def __init__(self) -> None:
         self._merges: list[tuple[Token, Token, Token]] = []  # two neighbours, and what stands for both
         self._known: dict[Any, Token] = {}
+        self._whole = False  # the graphs are so few that they need not be cut
 
     def _token(self, structure: Any) -> Token:
         return self._known.setdefault(structure, len(self._known))
@@ -195,13 +196,15 @@ class Vocabulary:
             graph_modules: the distinct step graphs.
             budget: in nodes; each region counts ``COMPILATION_NODES`` on top of its own.
         """
+        sizes = [_size(segment) for module in graph_modules for segment in [sum(segments_of(module), ())]]
+        self._whole = sum(sizes) <= budget
         texts = []
         size: dict[Token, int] = {}
         for module in graph_modules:
             segments = segments_of(module)
             text = self._tokens(module, segments)
             for token, segment in zip(text, segments, strict=True):
-                size[token] = COMPILATION_NODES + sum(not is_view(node) for node in segment)
+                size[token] = _size(segment)
             texts.append(text)
         spent = sum(size.values())
         while True:
@@ -217,6 +220,8 @@ class Vocabulary:
     def split(self, graph_module: fx.GraphModule) -> list[Region]:
         """The regions of a step graph."""
         segments = segments_of(graph_module)
+        if self._whole:
+            return build_regions(graph_module, [sum(segments, ())])
         text = self._tokens(graph_module, segments)
         for first, second, made in self._merges:
             segments = _merge(text, segments, (first, second), operator.add)
@@ -245,6 +250,11 @@ class Vocabulary:
             if added <= left and gain > most:
                 best, most = (a, b), gain
         return best
+
+
+def _size(segment: Segment) -> int:
+    """What compiling a segment costs, in nodes."""
+    return COMPILATION_NODES + sum(not is_view(node) for node in segment)
 
 
 def _merge(text: Sequence[Token], items: Sequence[T], pair: tuple[Token, Token], join: Callable[[T, T], T]) -> list[T]:

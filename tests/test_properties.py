@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from strategies import (
 from torch import fx
 
 import fxmask
+from fxmask.backends import BACKENDS, Backend, inductor
+from fxmask.backends.inductor import Regions
 from fxmask.executor import Executor, GraphStore
 from fxmask.mask import INPUT, Slot
 from fxmask.passes.count_macs import count_macs
@@ -93,6 +96,24 @@ def check_all_ones(pair: Pair) -> None:
 def check_specialised(pair: Pair) -> None:
     """Graphs without the skipped nodes compute what the reference computes with them."""
     assert_same(run_specialised(pair, fxmask.rectify(pair.program, pair.mask)), run_reference(pair))
+
+
+class EagerParts(Regions):
+    """Step graphs cut at every join, equal parts shared, without a compiler."""
+
+    def learn(self, graph_modules: Any) -> None:
+        self._vocabulary.learn(graph_modules, 0)
+
+    def compile(self, graph_module: fx.GraphModule) -> Any:
+        regions = self._vocabulary.split(graph_module)
+        runs: Any = [self._compiled.setdefault(r.key, r.graph_module) for r in regions]  # type: ignore[arg-type]
+        return inductor._schedule(graph_module, regions, runs)
+
+
+def check_in_parts(pair: Pair) -> None:
+    """Step graphs in regions compute what the reference computes."""
+    with mock.patch.dict(BACKENDS, {"eager parts": Backend({"": EagerParts}, exact=True)}):
+        assert_same(run_specialised(pair, fxmask.rectify(pair.program, pair.mask), "eager parts"), run_reference(pair))
 
 
 def check_rectified(pair: Pair) -> None:
@@ -320,6 +341,12 @@ def test_all_ones_is_the_model(choice: Choice) -> None:
 @given(choices())
 def test_specialised_is_the_reference(choice: Choice) -> None:
     holds(check_specialised, choice)
+
+
+@examples(100)
+@given(choices())
+def test_step_graphs_in_parts(choice: Choice) -> None:
+    holds(check_in_parts, choice)
 
 
 @examples(60)

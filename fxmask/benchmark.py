@@ -1,0 +1,425 @@
+"""How fast step graphs are: measured speed-ups beside ideal ones, the cost of compiling, kernels.
+
+A speed-up is a ratio to the same model under ``torch.compile`` with static shapes. Everything that is compared runs in one
+process, in turns, and the median of the ratios of each turn is reported with a bootstrap interval: other work on the
+machine slows both sides of a turn. Compilation is timed in processes of its own, with an empty compilation cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+import fxmask
+from fxmask.backends import inductor
+from fxmask.errors import FxmaskError, InputError
+from fxmask.mask import Mask
+from fxmask.passes.count_macs import count_macs
+from fxmask.passes.observer import switched_off
+from fxmask.program import Program
+from fxmask.runtime import AcceleratedModel
+
+PLAIN = "torch.compile"
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the denoiser over all steps.
+
+    Attributes:
+        name: for the table.
+        ratio: asked ratio of MACs, 1 for a mask of ones; ``None`` for the model itself.
+        mode: how step graphs are compiled.
+        off: optional passes that are switched off.
+    """
+
+    name: str
+    ratio: float | None = None
+    mode: str | None = None
+    off: tuple[str, ...] = ()
+
+
+@dataclass
+class Row:
+    """What was measured of a variant.
+
+    Attributes:
+        name: of the variant.
+        macs: ideal speed-up by the mask alone: MACs of the full run over MACs of the plan.
+        executed: ideal speed-up by everything: MACs of the full run over MACs in the step graphs and before them.
+        speedup: median of the ratios to the compiled model; ``interval`` is its 95 % bootstrap interval.
+        seconds: median of a whole run.
+        error: largest difference from the compiled model's outputs relative to their largest value; only where ``macs`` is 1.
+        graphs: distinct step graphs.
+        compilations: how many graphs Inductor was given.
+        kernels: (step, share of the MACs that it keeps, kernels, extern calls) for each distinct step graph.
+        cold_seconds: first run of all steps in a process of its own, compilation included; ``cold_ratio`` to the model's.
+        peak_bytes: largest memory of that process.
+    """
+
+    name: str
+    macs: float = 1.0
+    executed: float = 1.0
+    speedup: float | None = None
+    interval: tuple[float, float] | None = None
+    seconds: float | None = None
+    error: float | None = None
+    graphs: int | None = None
+    compilations: int | None = None
+    kernels: list[tuple[int, float, int, int]] = field(default_factory=list)
+    cold_seconds: float | None = None
+    cold_ratio: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def efficiency(self) -> float | None:
+        """Measured over ideal speed-up."""
+        return None if self.speedup is None else self.speedup / self.macs
+
+
+def variants(ratios: Sequence[float], modes: Sequence[str]) -> list[Variant]:
+    """Eager, compiled, a mask of ones, and each ratio in each mode."""
+    made = [Variant(EAGER), Variant(PLAIN)]
+    for mode in modes:
+        for ratio in (1.0, *ratios):
+            made.append(Variant(f"fxmask {mode}, " + ("all ones" if ratio == 1 else f"{ratio:g}x"), ratio, mode))
+    return made
+
+
+def load_case(case: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The denoiser and the arguments of one call.
+
+    Args:
+        case: ``"file.py:function"`` or ``"package.module:function"``. The function takes nothing and returns the model, or
+            the model and a dict of arguments; missing arguments are inferred.
+
+    Raises:
+        InputError: there is no such function, or it returns something else.
+    """
+    place, _, name = case.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        made = getattr(module, name)()
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise InputError(f"{case!r} is no function that makes a denoiser: {error}; give file.py:function") from error
+    model, call = made if isinstance(made, tuple) else (made, {})
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{case!r} returned {type(model).__name__}, not a torch.nn.Module (and a dict of arguments)")
+    return model.eval(), dict(call)
+
+
+def random_mask(program: Program, num_steps: int, ratio: float, seed: int = 0) -> Mask:
+    """A mask of branches alone with a given ratio of MACs, in which nearly every row is another.
+
+    Each step but the first computes as many randomly drawn branches as it may; what rounding leaves over goes to the next.
+
+    Raises:
+        FxmaskError: the denoiser's branches own too little for this ratio.
+    """
+    drawn = random.Random(seed)
+    blocks = program.branches
+    owned = sum(block.macs for block in blocks)
+    wanted = program.macs * num_steps / ratio  # of all steps
+    per_step = (wanted - program.macs) / max(1, num_steps - 1) - (program.macs - owned)
+    if ratio > 1 and per_step < 0:
+        raise FxmaskError(
+            f"branches own {owned / program.macs:.0%} of the MACs, too little for {ratio:g}x in {num_steps} steps"
+        )
+    rows = torch.ones(num_steps, len(blocks), dtype=torch.bool)
+    left = 0.0
+    for step in range(1, num_steps) if ratio > 1 else ():
+        left += per_step
+        rows[step] = False
+        for b in drawn.sample(range(len(blocks)), len(blocks)):
+            if blocks[b].macs <= left + 0.5 * blocks[b].macs:
+                rows[step, b] = True
+                left -= blocks[b].macs
+    return Mask(rows, timesteps_of(num_steps), [block.name for block in blocks], fingerprint=program.fingerprint)
+
+
+def timesteps_of(num_steps: int) -> tuple[float, ...]:
+    """Falling whole timesteps within the usual 1,000."""
+    return tuple(float(round(999 - k * 999 / num_steps)) for k in range(num_steps))
+
+
+class Bench:
+    """Runs variants of one denoiser in this process.
+
+    Args:
+        model: the denoiser, in eval mode.
+        call: arguments of one call.
+        num_steps: T.
+        seed: of the masks.
+    """
+
+    def __init__(self, model: torch.nn.Module, call: Mapping[str, Any], num_steps: int, seed: int = 0) -> None:
+        self.model = model
+        self.program = fxmask.capture(model, call)
+        self.calls = _calls(self.program, num_steps)
+        self.num_steps = num_steps
+        self.seed = seed
+
+    def prepare(self, variant: Variant) -> Callable[[], Any]:
+        """A function that runs all steps and returns the last output."""
+        if variant.ratio is None:
+            model = torch.compile(self.model, dynamic=False) if variant.name == PLAIN else self.model
+            return lambda: _run_plain(model, self.calls)
+        return _runner(self.accelerated(variant), self.calls)
+
+    def accelerated(self, variant: Variant) -> AcceleratedModel:
+        """The accelerated model of a variant, not compiled yet."""
+        assert variant.ratio is not None
+        mask = random_mask(self.program, self.num_steps, variant.ratio, self.seed)
+        with switched_off(*variant.off):
+            accelerated = fxmask.compile(self.program, fxmask.rectify(self.program, mask), "inductor", variant.mode)
+            accelerated._fxmask.variants[self.program.example.key].executor(0).graphs.prepare(accelerated.plan)
+        return accelerated
+
+    def measure(self, chosen: Sequence[Variant], repeats: int, progress: bool = True) -> list[Row]:
+        """Compile everything, then run the variants in turns."""
+        rows, runs = [], []
+        expected: torch.Tensor | None = None
+        for variant in tqdm(chosen, desc="compiling", unit="variant", disable=not progress):
+            before = inductor.compilations
+            row = Row(variant.name)
+            if variant.ratio is None:
+                run = self.prepare(variant)
+            else:
+                accelerated = self.accelerated(variant)
+                row.macs, row.graphs = accelerated.plan.mac_ratio, accelerated.plan.distinct_graphs
+                row.executed = self.executed_ratio(accelerated)
+                run = _runner(accelerated, self.calls)
+            output = run()
+            row.compilations = inductor.compilations - before if variant.ratio is not None else None
+            if variant.name == PLAIN:
+                expected = output
+            elif expected is not None and row.macs == 1:
+                row.error = float((output - expected).abs().max() / expected.abs().max())
+            rows.append(row)
+            runs.append(run)
+        taken: list[list[float]] = [[] for _ in runs]
+        order = list(range(len(runs)))
+        for turn in tqdm(range(repeats), desc="measuring", unit="turn", disable=not progress):
+            random.Random(turn).shuffle(order)
+            for k in order:
+                taken[k].append(_timed(runs[k]))
+        plain = next(k for k, row in enumerate(rows) if row.name == PLAIN)
+        for row, seconds in zip(rows, taken, strict=True):
+            ratios = [a / b for a, b in zip(taken[plain], seconds, strict=True)]
+            row.seconds, row.speedup = statistics.median(seconds), statistics.median(ratios)
+            row.interval = bootstrap(ratios)
+        return rows
+
+    def executed_ratio(self, accelerated: AcceleratedModel) -> float:
+        """MACs of the full run over those that a run of the accelerated model executes."""
+        executor = accelerated._fxmask.variants[self.program.example.key].executor(0)
+        staging = executor.graphs.stages(executor.plan).staging
+        total = staging.once.macs if staging.once else 0
+        total += staging.table.macs * self.num_steps if staging.table else 0
+        for step in range(self.num_steps):
+            total += sum(count_macs(node) for node in executor.graphs.get(executor.plan, step)[0].graph_module.graph.nodes)
+        return self.program.macs * self.num_steps / max(1, total)
+
+    def count_kernels(self, variant: Variant) -> list[tuple[int, float, int, int]]:
+        """(step, share of MACs that it keeps, kernels, extern calls) for each distinct step graph."""
+        accelerated = self.accelerated(variant)
+        executor = accelerated._fxmask.variants[self.program.example.key].executor(0)
+        with inductor.generated_code():
+            _run_accelerated(accelerated, self.calls)
+        counts = {}
+        for i, step in enumerate(accelerated.plan.steps):
+            _, run = executor.graphs.get(executor.plan, i)
+            codes = [code for part in inductor.parts_of(run) for code in part.code]
+            kernels = sum(inductor.count_calls(code)[0] for code in codes)
+            externs = sum(inductor.count_calls(code)[1] for code in codes)
+            counts.setdefault(step.graph, (i, accelerated.plan.kept_per_step[i], kernels, externs))
+        return list(counts.values())
+
+
+def _calls(program: Program, num_steps: int) -> list[dict[str, Any]]:
+    arguments = program.example.arguments
+    calls = []
+    for value in timesteps_of(num_steps):
+        call = dict(arguments)
+        name = program.signature.timestep
+        if name is not None:
+            example = torch.as_tensor(arguments[name])
+            scale = 1 if float(example.abs().max()) > 1 or not example.is_floating_point() else 1000
+            call[name] = torch.full_like(example, value / scale)
+        calls.append(call)
+    return calls
+
+
+def _run_plain(model: torch.nn.Module, calls: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    with torch.no_grad():
+        for call in calls:
+            output = model(**call)
+    return _first(output)
+
+
+def _run_accelerated(model: AcceleratedModel, calls: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    with torch.no_grad(), model.generation():
+        for call in calls:
+            output = model(**call)
+    return _first(output)
+
+
+def _runner(model: AcceleratedModel, calls: Sequence[Mapping[str, Any]]) -> Callable[[], torch.Tensor]:
+    return lambda: _run_accelerated(model, calls)
+
+
+def _first(output: Any) -> torch.Tensor:
+    value = output if isinstance(output, torch.Tensor) else output[0]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def bootstrap(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    drawn = random.Random(0)
+    medians = sorted(statistics.median(drawn.choices(list(values), k=len(values))) for _ in range(resamples))
+    return medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1]
+
+
+def time_cold(case: str, variant: Variant, num_steps: int, seed: int = 0) -> dict[str, Any]:
+    """First run of all steps of a variant in a process of its own with an empty compilation cache.
+
+    Returns:
+        ``seconds`` from the captured model to the last output, ``peak_bytes`` of the process and ``compilations``.
+    """
+    job = json.dumps({"case": case, "variant": asdict(variant), "num_steps": num_steps, "seed": seed})
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        done = subprocess.run(
+            [sys.executable, "-c", "from fxmask.benchmark import _cold_job; _cold_job()"],
+            input=job,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    if done.returncode:
+        raise FxmaskError(f"timing the compilation of {variant.name!r} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _cold_job() -> None:
+    """The other side of ``time_cold``: a job on standard input, the result as the last line of standard output."""
+    job = json.loads(sys.stdin.read())
+    model, call = load_case(job["case"])
+    bench = Bench(model, call, job["num_steps"], job["seed"])
+    variant = Variant(**{**job["variant"], "off": tuple(job["variant"]["off"])})
+    run: Callable[[], Any] = bench.prepare(variant)
+    seconds = _timed(run)
+    result = {"seconds": seconds, "peak_bytes": peak_bytes(), "compilations": inductor.compilations}
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
+
+
+def add_cold(case: str, chosen: Sequence[Variant], rows: Sequence[Row], num_steps: int, seed: int = 0) -> None:
+    """Fill in what only processes of their own can tell; ``chosen`` begins with the model itself."""
+    by_name = {row.name: row for row in rows}
+    plain = by_name[PLAIN]
+    for variant in tqdm(sorted(chosen, key=lambda v: v.name != PLAIN), desc="compiling from nothing", unit="process"):
+        result = time_cold(case, variant, num_steps, seed)
+        row = by_name[variant.name]
+        row.cold_seconds, row.peak_bytes = result["seconds"], result["peak_bytes"]
+        row.cold_ratio = row.cold_seconds / plain.cold_seconds if plain.cold_seconds else None
+
+
+def add_kernels(bench: Bench, chosen: Sequence[Variant], rows: Sequence[Row]) -> None:
+    """Fill in the kernels of every step graph."""
+    by_name = {row.name: row for row in rows}
+    for variant in tqdm([v for v in chosen if v.ratio is not None], desc="counting kernels", unit="variant"):
+        by_name[variant.name].kernels = bench.count_kernels(variant)
+
+
+def peak_bytes() -> int:
+    """Largest memory so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table."""
+    head = ["", "MACs", "executed", "measured", "95 % interval", "measured / MACs", "graphs", "compilations", "cold s", "cold"]
+    lines = ["| " + " | ".join([*head, "peak MiB", "error"]) + " |", "|" + "---|" * (len(head) + 2)]
+    for row in rows:
+        cells = [row.name, f"{row.macs:.2f}x", f"{row.executed:.2f}x"]
+        cells += ["" if row.speedup is None else f"{row.speedup:.2f}x"]
+        cells += ["" if row.interval is None else f"{row.interval[0]:.2f}-{row.interval[1]:.2f}"]
+        cells += ["" if row.efficiency is None or row.name == EAGER else f"{row.efficiency:.3f}"]
+        cells += ["" if value is None else str(value) for value in (row.graphs, row.compilations)]
+        cells += ["" if row.cold_seconds is None else f"{row.cold_seconds:.0f}"]
+        cells += ["" if row.cold_ratio is None else f"{row.cold_ratio:.2f}x"]
+        cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"]
+        cells += ["" if row.error is None else f"{row.error:.1e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Measured against ideal speed-up, and kernels per step graph against the share of MACs that the step keeps."""
+    from matplotlib.figure import Figure
+
+    with_kernels = [row for row in rows if row.kernels]
+    figure = Figure(figsize=(11 if with_kernels else 5.5, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if with_kernels else 1, squeeze=False)[0]
+    measured = [row for row in rows if row.speedup is not None and row.name not in (EAGER, PLAIN)]
+    most = max([row.executed for row in measured] + [1.0])
+    axes[0].plot([1, most], [1, most], color="0.7", label="ideal")
+    for mode in dict.fromkeys(row.name.split(",")[0] for row in measured):
+        points = sorted((row.executed, row.speedup or 0.0) for row in measured if row.name.startswith(mode + ","))
+        axes[0].plot(*zip(*points, strict=True), marker="o", label=mode)
+    axes[0].set_xlabel("ideal speed-up (MACs that are executed)")
+    axes[0].set_ylabel("measured speed-up over torch.compile")
+    axes[0].set_title(title)
+    axes[0].legend()
+    for row in with_kernels:
+        axes[1].scatter([100 * k[1] for k in row.kernels], [k[2] + k[3] for k in row.kernels], label=row.name, s=18)
+    if with_kernels:
+        axes[1].set_xlabel("share of the full MACs that a step keeps (%)")
+        axes[1].set_ylabel("kernels and extern calls of its step graph")
+        axes[1].set_ylim(bottom=0)
+        axes[1].legend()
+    figure.savefig(path, dpi=110)
