@@ -1,17 +1,28 @@
 """How fast step graphs are beside torch.compile, and what compiling them costs; writes examples/results/speed.md.
 
-    python examples/speed.py                     # everything; hours on two cores, an interrupted run goes on
-    python examples/speed.py --parts dit         # some parts: dit unet pixart cold kernels
+    python examples/speed.py                     # everything, about an hour on two cores; an interrupted run goes on
+    python examples/speed.py --parts dit pixart  # some parts
     fxmask bench examples/speed.py:dit_s         # any of the shapes below by hand
 
-Weights are random: nothing here depends on them.
+Weights are random: nothing here depends on them. Masks are random too, over residual branches alone, so that nearly every
+step has a graph of its own; learned masks have far fewer.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from fxmask import benchmark
+from fxmask.benchmark import PLAIN, Bench, Row, Variant
 
 Case = tuple[torch.nn.Module, dict[str, Any]]
 
@@ -81,3 +92,124 @@ def pixart() -> Case:
         "encoder_attention_mask": (torch.arange(300)[None] < torch.tensor([[20], [300]])).float(),
     }
     return model, call
+
+
+FILE = "examples/speed.py"
+STEPS = 16
+
+
+def timed(make: Callable[[], Case], ratios: list[float], repeats: int) -> list[Row]:
+    """Speed-ups of one shape."""
+    model, call = make()
+    return Bench(model, call, STEPS).measure(benchmark.variants(ratios, ["regions", "whole"]), repeats)
+
+
+def cold(repeats: int) -> list[Row]:
+    """First run of all steps, compilation included, each in a process of its own."""
+    half = Variant("fxmask regions, 2x", 2.0, "regions")
+    jobs = [
+        ("12 layers, torch.compile", f"{FILE}:dit_s", Variant(PLAIN), STEPS, None),
+        (f"12 layers, fxmask regions, {STEPS} steps", f"{FILE}:dit_s", half, STEPS, 0),
+        (f"12 layers, fxmask regions, {2 * STEPS} steps", f"{FILE}:dit_s", half, 2 * STEPS, 0),
+        (f"12 layers, fxmask whole, {STEPS} steps", f"{FILE}:dit_s", Variant("whole", 2.0, "whole"), STEPS, 0),
+        ("24 layers, torch.compile", f"{FILE}:dit_s_24", Variant(PLAIN), STEPS, None),
+        (f"24 layers, fxmask regions, {STEPS} steps", f"{FILE}:dit_s_24", half, STEPS, 4),
+    ]
+    rows: list[Row] = []
+    for name, case, variant, steps, base in jobs:
+        result = benchmark.time_cold(case, variant, steps)
+        row = Row(name, cold_seconds=result["seconds"], peak_bytes=result["peak_bytes"])
+        row.compilations = result["compilations"] if variant.ratio else None
+        row.cold_ratio = result["seconds"] / (rows[base].cold_seconds or 1) if base is not None else None
+        rows.append(row)
+    return rows
+
+
+def kernels(repeats: int) -> list[Row]:
+    """Kernels of every distinct step graph of the DiT."""
+    bench = Bench(*dit_s(), STEPS)
+    rows = []
+    for ratio in (1.0, 2.0, 4.0):
+        row = Row(f"fxmask whole, {ratio:g}x")
+        row.kernels = bench.count_kernels(Variant(row.name, ratio, "whole"))
+        rows.append(row)
+    return rows
+
+
+PARTS: dict[str, tuple[str, Callable[[int], list[Row]]]] = {
+    "dit": (
+        "DiT-S shape (12 layers, 384 wide, 256 tokens, batch 2)",
+        lambda n: timed(dit_s, [2.0, 4.0], ["regions", "whole"], n),
+    ),
+    "unet": ("DDPM CIFAR-10 U-Net, full size (35.7 M), batch 2", lambda n: timed(unet, [2.0], ["regions", "whole"], n)),
+    "pixart": (
+        "PixArt shape (12 layers, 384 wide, 256 image and 300 caption tokens, batch 2): hoisting and folding alone",
+        lambda n: timed(pixart, [], n),
+    ),
+    "cold": ("Compilation: the first run of all steps on the DiT-S shape, from an empty cache", cold),
+    "kernels": ("Kernels per step graph of the DiT-S shape", kernels),
+}
+
+
+def main() -> None:
+    """Measures what is missing, then writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--again", action="store_true", help="measure the parts again")
+    parser.add_argument("--folder", type=Path, default=Path("build/speed"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "speed.md")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for part in options.parts:
+        path = options.folder / f"{part}.json"
+        if options.again or not path.exists():
+            rows = PARTS[part][1](options.repeats)
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+            os.replace(partial, path)
+    write(options.folder, options.output)
+
+
+def write(folder: Path, output: Path) -> None:
+    """All parts that were measured, as Markdown and a plot."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU thread(s)"
+    lines = ["# Speed of step graphs", ""]
+    lines += [
+        f"`python examples/speed.py`; torch {torch.__version__.split('+')[0]}, {platform.machine()}, {device}, {STEPS} steps.",
+        "",
+    ]
+    lines += [INTRODUCTION]
+    for part, (title, _) in PARTS.items():
+        path = folder / f"{part}.json"
+        if not path.exists():
+            lines += [f"## {title}", "", "Not measured yet.", ""]
+            continue
+        rows = [Row(**row) for row in json.loads(path.read_text())]
+        lines += [f"## {title}", ""]
+        if part == "kernels":
+            lines += ["| plan | share of MACs | kernels | extern calls |", "|---|---|---|---|"]
+            for row in rows:
+                for _, kept, made, called in sorted(row.kernels, key=lambda k: -k[1]):
+                    lines.append(f"| {row.name} | {kept:.0%} | {made} | {called} |")
+            lines += ["", "![kernels and measured speed-up](speed.png)"]
+        else:
+            lines.append(benchmark.to_markdown(rows))
+        lines.append("")
+    output.write_text("\n".join(lines), encoding="utf-8")
+    found = [folder / f"{part}.json" for part in ("dit", "kernels")]
+    rows = [Row(**row) for path in found if path.exists() for row in json.loads(path.read_text())]
+    if rows:
+        benchmark.draw(rows, f"DiT-S shape, {STEPS} steps", output.with_suffix(".png"))
+
+
+INTRODUCTION = """\
+Measured: median over turns of the seconds of a run under `torch.compile` over those of the same run with fxmask, both with
+static shapes, in turns in one process; with a 95 % bootstrap interval of the median. *MACs*: ratio by the mask alone, *executed*:
+with what is hoisted and folded. *Cold*: first run of all steps from an empty compilation cache, in a process of its own,
+beside the same under `torch.compile`. *Error*: largest difference from the compiled model's output over the largest value.
+"""
+
+
+if __name__ == "__main__":
+    main()
