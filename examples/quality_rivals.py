@@ -1,0 +1,108 @@
+"""What `quality.py` compares fxmask with at equal MACs: fewer steps, fixed reuse, fixed forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from quality_cells import Evaluation, Row
+
+import fxmask
+from fxmask.candidates import Level, evenly, levels_of
+from fxmask.student import Student
+from fxmask.trajectory import Trajectory
+
+
+@torch.no_grad()
+def coarse_ddim(model: torch.nn.Module, fine: Trajectory, timesteps: Sequence[int], eta: float) -> torch.Tensor:
+    """DDIM at chosen timesteps with the noise of a finer run.
+
+    Song et al., "Denoising Diffusion Implicit Models", 2021, Eq. 12 and 16. Noise ``z`` of fine steps within a coarse one
+    adds up with weights ``sigma_i sqrt(alpha_end / alpha_i)``, as it would if the fine steps ran.
+    """
+    scheduler = fine.scheduler
+    alphas = scheduler.alphas_cumprod.double()
+
+    def alpha(t: float) -> torch.Tensor:
+        return alphas[int(t)] if t >= 0 else torch.as_tensor(scheduler.final_alpha_cumprod).double()
+
+    def sigma(now: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return eta * ((1 - after) / (1 - now) * (1 - now / after)).clamp_min(0).sqrt()
+
+    grid = [*fine.timesteps, -1.0]
+    x = fine.initial_noise.clone()
+    for t, after in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        call = {**fine.calls[0][0], fine.sample: x}
+        call["timestep"] = torch.as_tensor(int(t)).expand(torch.as_tensor(call["timestep"]).shape)
+        output = model(**call)
+        epsilon = output[0] if not isinstance(output, torch.Tensor) else output
+        if epsilon.shape[1] == 2 * x.shape[1]:
+            epsilon = epsilon.chunk(2, dim=1)[0]
+        a, b = alpha(t), alpha(after)
+        start = (x - (1 - a).sqrt() * epsilon) / a.sqrt()
+        if scheduler.config.clip_sample:
+            start = start.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+        s = sigma(a, b)
+        x = b.sqrt() * start + (1 - b - s**2).clamp_min(0).sqrt() * epsilon
+        if eta:
+            inside = [i for i in range(len(grid) - 1) if after < grid[i] <= t]
+            weights = [sigma(alpha(grid[i]), alpha(grid[i + 1])) * (b / alpha(grid[i + 1])).sqrt() for i in inside]
+            total = torch.stack(weights).norm() if weights else torch.tensor(0.0)
+            if total > 0:
+                noise = sum(w * fine.noises[i][0] for w, i in zip(weights, inside, strict=True)) / total
+                x = x + s * noise
+        x = x.to(fine.initial_noise.dtype)
+    return x
+
+
+def rivals(evaluation: Evaluation, training: Sequence[Trajectory]) -> Iterator[tuple[str, Callable[[float], Row | None]]]:
+    """Every rival: its name, and a function from a MAC ratio to its line."""
+    cell, runs, model = evaluation.cell, evaluation.runs, evaluation.cell.model
+    teacher = Student(fxmask.capture(model, training[0].calls[0][0]), training[:-1])
+    levels = levels_of(teacher, 0)
+
+    def own_grid(ratio: float) -> Row:
+        steps = max(1, round(cell.steps / ratio))
+        scheduler = cell.scheduler()
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.tolist()
+        return evaluation.row([coarse_ddim(model, t, timesteps, cell.eta) for t in runs], cell.steps / steps)
+
+    def same_grid(ratio: float) -> Row:
+        steps = max(1, round(cell.steps / ratio))
+        timesteps = [int(runs[0].timesteps[round(k * cell.steps / steps)]) for k in range(steps)]
+        return evaluation.row([coarse_ddim(model, t, timesteps, cell.eta) for t in runs], cell.steps / steps)
+
+    def fixed(level: Level) -> Callable[[float], Row | None]:
+        def row(ratio: float) -> Row | None:
+            schedule = evenly(teacher, level, 1 / ratio)
+            if schedule is None or abs(teacher.spent(schedule) * ratio - 1) > 0.12:
+                return None
+            return evaluation.of_mask(teacher.mask(schedule, teacher.rollout(schedule).coefficients))
+
+        return row
+
+    def deepest(ratio: float) -> Row | None:
+        found = [fixed(level)(ratio) for level in levels if "stage" in level.name and level.history == 1]
+        return max((row for row in found if row), key=lambda row: row["psnr"], default=None)
+
+    def solver(ratio: float) -> Row:
+        steps = max(1, round(cell.steps / ratio))
+        scheduler = cell.scheduler("DPMSolverMultistepScheduler")
+        samples = [cell.record(seed, size, scheduler, steps).final for seed, size in evaluation.seeds]
+        return evaluation.row(samples, cell.steps / steps, own=False)
+
+    def named(name: str, history: int) -> Level:
+        return next(level for level in levels if level.name == name and level.history == history)
+
+    yield "fewer steps, scheduler's grid", own_grid
+    yield "fewer steps, same grid", same_grid
+    yield "FORA: all branches reused", fixed(named("branches", 1))
+    if cell.family in ("ddpm", "ldm"):
+        yield "DeepCache: best stage reused", deepest
+    yield "whole output held", fixed(named("output", 1))
+    yield "branches, fitted forecast", fixed(named("branches", 3))
+    yield "whole output, fitted forecast", fixed(replace(named("output", 3), samples=2 if cell.eta else 0))
+    if not cell.eta:
+        yield "DPM-Solver++, fewer steps", solver
