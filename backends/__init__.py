@@ -12,6 +12,7 @@ from fxmask.backends.compiler import Compiler
 from fxmask.backends.cudagraph import CudaGraphs
 from fxmask.backends.eager import Eager
 from fxmask.backends.inductor import Regions, WholeGraphs
+from fxmask.backends.package import Packages
 from fxmask.errors import BackendError
 
 
@@ -42,6 +43,7 @@ BACKENDS: dict[str, Backend] = {
     "eager": Backend({"whole": Eager}, exact=True),
     "inductor": Backend({"regions": Regions, "whole": WholeGraphs}),
     "cudagraph": Backend({"regions": lambda: CudaGraphs(Regions()), "whole": lambda: CudaGraphs(WholeGraphs())}),
+    "package": Backend({"auto": Packages}),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import fx
 
@@ -16,3 +16,11 @@ class Compiler(Protocol):
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable that computes what the graph computes."""
+
+
+@runtime_checkable
+class StageCompiler(Compiler, Protocol):
+    """Also compiles what runs once per generation, which others run operator by operator."""
+
+    def compile_batched(self, row: fx.GraphModule, num_steps: int, trace: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
+        """See ``fxmask.passes.stage_values.BatchCompiler``."""

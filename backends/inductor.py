@@ -98,10 +98,10 @@ class Regions:
             return graph_module
         regions = self._vocabulary.split(graph_module)
         runs = [self._compiled.setdefault(r.key, Compiled(r.graph_module, ())) for r in regions]
-        return _schedule(graph_module, regions, runs)
+        return schedule(graph_module, regions, runs)
 
 
-def _schedule(graph_module: fx.GraphModule, regions: Sequence[Region], runs: Sequence[Compiled]) -> Callable[..., Any]:
+def schedule(graph_module: fx.GraphModule, regions: Sequence[Region], runs: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     """A function that calls the regions one after the other and frees what no later one reads.
 
     It is straight-line code, like what fx generates for a graph.
@@ -153,11 +153,12 @@ class Compiled:
                     with _collected(self.code):
                         self._run = compile_graph(self._graph_module, [*self._weights, *arguments])
         elif [x.stride() for x in arguments] != self._strides:
-            arguments = tuple(map(_restride, arguments, self._strides))
+            arguments = tuple(map(restride, arguments, self._strides))
         return self._run(*self._weights, *arguments)
 
 
-def _restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The tensor in the memory layout that a graph was compiled for."""
     if tensor.stride() == strides:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

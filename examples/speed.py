@@ -101,7 +101,7 @@ STEPS = 16
 def timed(make: Callable[[], Case], ratios: list[float], repeats: int) -> list[Row]:
     """Speed-ups of one shape."""
     model, call = make()
-    return Bench(model, call, STEPS).measure(benchmark.variants(ratios, ["regions", "whole"]), repeats)
+    return Bench(model.eval(), call, STEPS).measure(benchmark.variants(ratios, ["regions", "whole"]), repeats)
 
 
 def cold(repeats: int) -> list[Row]:
@@ -127,7 +127,8 @@ def cold(repeats: int) -> list[Row]:
 
 def kernels(repeats: int) -> list[Row]:
     """Kernels of every distinct step graph of the DiT."""
-    bench = Bench(*dit_s(), STEPS)
+    model, call = dit_s()
+    bench = Bench(model.eval(), call, STEPS)
     rows = []
     for ratio in (1.0, 2.0, 4.0):
         row = Row(f"fxmask whole, {ratio:g}x")
@@ -139,9 +140,9 @@ def kernels(repeats: int) -> list[Row]:
 PARTS: dict[str, tuple[str, Callable[[int], list[Row]]]] = {
     "dit": (
         "DiT-S shape (12 layers, 384 wide, 256 tokens, batch 2)",
-        lambda n: timed(dit_s, [2.0, 4.0], ["regions", "whole"], n),
+        lambda n: timed(dit_s, [2.0, 4.0], n),
     ),
-    "unet": ("DDPM CIFAR-10 U-Net, full size (35.7 M), batch 2", lambda n: timed(unet, [2.0], ["regions", "whole"], n)),
+    "unet": ("DDPM CIFAR-10 U-Net, full size (35.7 M), batch 2", lambda n: timed(unet, [2.0], n)),
     "pixart": (
         "PixArt shape (12 layers, 384 wide, 256 image and 300 caption tokens, batch 2): hoisting and folding alone",
         lambda n: timed(pixart, [], n),
@@ -205,8 +206,8 @@ def write(folder: Path, output: Path) -> None:
 
 INTRODUCTION = """\
 Measured: median over turns of the seconds of a run under `torch.compile` over those of the same run with fxmask, both with
-static shapes, in turns in one process; with a 95 % bootstrap interval of the median. *MACs*: ratio by the mask alone, *executed*:
-with what is hoisted and folded. *Cold*: first run of all steps from an empty compilation cache, in a process of its own,
+static shapes, in turns in one process; with a 95 % bootstrap interval of the median. *MACs*: ratio by the mask alone,
+*executed*: with what is hoisted and folded. *Cold*: first run of all steps from an empty compilation cache, in a process of its own,
 beside the same under `torch.compile`. *Error*: largest difference from the compiled model's output over the largest value.
 """
 

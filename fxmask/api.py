@@ -17,6 +17,7 @@ from fxmask.inputs import ExampleInputs, module_device
 from fxmask.learning import learn
 from fxmask.mask import Mask, Plan
 from fxmask.outcome import Outcome
+from fxmask.packaging import is_package, read_package
 from fxmask.passes.rectify import rectify
 from fxmask.program import Program
 from fxmask.runtime import AcceleratedModel
@@ -67,7 +68,8 @@ def accelerate(
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
         effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it.
-        backend: ``"inductor"`` (the compiler of torch.compile) or ``"eager"``.
+        backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
+            ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default: equal parts of all step graphs once) or ``"whole"`` (each
             step graph on its own, which takes longer to compile).
         seed: of the recorded noise and of learning.
@@ -133,24 +135,28 @@ def load(
     mode: str | None = None,
     progress: bool = True,
 ) -> AcceleratedModel:
-    """Accelerate a model with a plan that ``AcceleratedModel.save`` wrote.
+    """Accelerate a model with what ``AcceleratedModel.save`` or ``export`` wrote.
+
+    A folder from ``export`` is loaded without capture and without compilation, unless another ``backend`` is asked for. It
+    holds machine code, so load only what you trust.
 
     Args:
-        folder: the saved plan.
+        folder: the saved plan, or the package.
         model: the same architecture, in eval mode; its weights are its own.
         scheduler: if given, must be what the plan was made for.
-        backend: other than the saved one.
+        backend: other than the saved one; a package is then taken for the saved plan that it is too.
         mode: of the backend, other than the saved one.
         progress: show a progress bar while compiling.
 
     Raises:
+        InputError: the model is in training mode.
         MaskError: the plan is damaged, or model or scheduler differ; says in what.
+        BackendError: the package was compiled for another version of PyTorch, kind of device or processor.
     """
+    if is_package(folder) and backend in (None, "package"):
+        return _load_package(folder, model, scheduler, progress)
     mask, facts, example = load_plan(folder)
-    if scheduler is not None:
-        found = differences(facts.get("scheduler", {}), scheduler_facts(scheduler))
-        if found:
-            raise MaskError(f"the plan in {folder} was made for another scheduler:\n  " + "\n  ".join(found))
+    _refuse_other_scheduler(folder, facts, scheduler)
     device = module_device(model)
     roles = {name.split(".")[0]: role for name, role in facts["roles"].items()}
     program = capture(model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example), roles)
@@ -168,8 +174,38 @@ def load(
         backend or facts["backend"],
         mode if backend or mode else facts.get("mode"),
     )
-    kept = {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
-    return _finish(accelerated, kept, progress)
+    return _finish(accelerated, _about_sampler(facts), progress)
+
+
+def _load_package(folder: str | Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
+    """A model whose step graphs are in a package; they are compared with the model before it is handed out."""
+    package = read_package(folder, model, progress)
+    _refuse_other_scheduler(folder, package.facts, scheduler)
+    plan = rectify(package.program, package.mask, package.facts["start"])
+    accelerated = AcceleratedModel(package.program, plan, "package", compiler=package.compiler)
+    accelerated._fxmask.facts.update(_about_sampler(package.facts))
+    executor = accelerated._fxmask.variants[package.program.example.key].executor(plan.start)
+    executor.graphs.prepare(plan)
+    if package.compiler.missing:
+        raise MaskError(
+            f"the package in {folder} was exported by another version of fxmask, which cuts graphs differently; "
+            "load it with backend='inductor', which captures and compiles, and export that"
+        )
+    tensors = list(package.program.example.tensors.values())
+    with torch.no_grad():
+        executor.begin(tensors)
+        package.compare(executor.run_full(tensors))
+    return accelerated
+
+
+def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], scheduler: Any) -> None:
+    found = differences(facts.get("scheduler", {}), scheduler_facts(scheduler)) if scheduler is not None else []
+    if found:
+        raise MaskError(f"the plan in {folder} was made for another scheduler:\n  " + "\n  ".join(found))
+
+
+def _about_sampler(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
 
 
 def _finish(accelerated: AcceleratedModel, facts: Mapping[str, Any], progress: bool) -> AcceleratedModel:
@@ -189,7 +225,8 @@ def compile(program: Program, plan: Plan, backend: str = "inductor", mode: str |
     Args:
         program: from ``fxmask.capture``.
         plan: from ``fxmask.rectify`` of the same program.
-        backend: ``"inductor"`` (the compiler of torch.compile) or ``"eager"``.
+        backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
+            ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
 
     Raises:

@@ -157,7 +157,7 @@ def random_mask(program: Program, num_steps: int, ratio: float, seed: int = 0) -
             if blocks[b].macs <= left + 0.5 * blocks[b].macs:
                 rows[step, b] = True
                 left -= blocks[b].macs
-    return Mask(rows, timesteps_of(num_steps), [block.name for block in blocks], fingerprint=program.fingerprint)
+    return Mask(rows, timesteps_of(num_steps), tuple(block.name for block in blocks), fingerprint=program.fingerprint)
 
 
 def timesteps_of(num_steps: int) -> tuple[float, ...]:
@@ -185,7 +185,7 @@ class Bench:
     def prepare(self, variant: Variant) -> Callable[[], Any]:
         """A function that runs all steps and returns the last output."""
         if variant.ratio is None:
-            model = torch.compile(self.model, dynamic=False) if variant.name == PLAIN else self.model
+            model: Any = torch.compile(self.model, dynamic=False) if variant.name == PLAIN else self.model
             return lambda: _run_plain(model, self.calls)
         return _runner(self.accelerated(variant), self.calls)
 
@@ -249,7 +249,7 @@ class Bench:
         executor = accelerated._fxmask.variants[self.program.example.key].executor(0)
         with inductor.generated_code():
             _run_accelerated(accelerated, self.calls)
-        counts = {}
+        counts: dict[int, tuple[int, float, int, int]] = {}
         for i, step in enumerate(accelerated.plan.steps):
             _, run = executor.graphs.get(executor.plan, i)
             codes = [code for part in inductor.parts_of(run) for code in part.code]
@@ -273,7 +273,7 @@ def _calls(program: Program, num_steps: int) -> list[dict[str, Any]]:
     return calls
 
 
-def _run_plain(model: torch.nn.Module, calls: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def _run_plain(model: Callable[..., Any], calls: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     with torch.no_grad():
         for call in calls:
             output = model(**call)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from fxmask.backends import get_backend
+from fxmask.backends.compiler import Compiler, StageCompiler
 from fxmask.mask import Plan, Slot
 from fxmask.passes.specialize import StepGraph, forecast_coefficients, specialize_step
 from fxmask.passes.split_regions import JOIN, KEPT, joins
@@ -33,15 +35,16 @@ class GraphStore:
         program: the captured denoiser.
         backend: name of a backend.
         mode: of the backend; ``None`` for its default.
+        compiler: of the backend, if there is one already.
 
     Raises:
         BackendError: there is no such backend, or no such mode.
     """
 
-    def __init__(self, program: Program, backend: str, mode: str | None = None) -> None:
+    def __init__(self, program: Program, backend: str, mode: str | None = None, compiler: Compiler | None = None) -> None:
         self.program = program
         self._exact = get_backend(backend).exact
-        self._compiler = get_backend(backend).compiler(mode)
+        self.compiler = compiler or get_backend(backend).compiler(mode)
         self._graphs: dict[Any, tuple[StepGraph, Callable[..., Any]]] = {}
         self._stages: dict[tuple[float, ...], Stages] = {}
         self._lock = threading.RLock()
@@ -70,9 +73,9 @@ class GraphStore:
             if key not in self._graphs:
                 steps = [i for i, step in enumerate(plan.steps) if step.graph >= 0 and step.key == key]
                 made[key] = specialize_step(self.program, plan, steps, self.stages(plan).staging.sources, marks)
-        self._compiler.learn([graph.graph_module for graph in made.values()])
+        self.compiler.learn([graph.graph_module for graph in made.values()])
         for key, graph in made.items():
-            self._graphs[key] = graph, self._compiler.compile(graph.graph_module)
+            self._graphs[key] = graph, self.compiler.compile(graph.graph_module)
 
     def stages(self, plan: Plan) -> Stages:
         """What runs outside the steps of a plan."""
@@ -80,7 +83,8 @@ class GraphStore:
         if timesteps not in self._stages:
             with self._lock:
                 if timesteps not in self._stages:
-                    self._stages[timesteps] = Stages(self.program, timesteps, not self._exact)
+                    compiler = self.compiler if isinstance(self.compiler, StageCompiler) else None
+                    self._stages[timesteps] = Stages(self.program, timesteps, not self._exact, compiler)
         return self._stages[timesteps]
 
     def __len__(self) -> int:
@@ -97,11 +101,18 @@ class Stages:
         program: the captured denoiser.
         timesteps: of the plan.
         batched: compute the table's rows for all steps in one go, which differs from the program by rounding.
+        compiler: of what runs once per generation; without one it runs operator by operator.
     """
 
-    def __init__(self, program: Program, timesteps: Sequence[float], batched: bool) -> None:
+    def __init__(
+        self, program: Program, timesteps: Sequence[float], batched: bool, compiler: StageCompiler | None = None
+    ) -> None:
         self.program = program
         self.staging: Staging = stage(program, len(timesteps))
+        self._compiler = compiler
+        if compiler and self.staging.once and self.staging.once.inputs:  # what needs only weights is too little
+            once = replace(self.staging.once, compiled=compiler.compile(self.staging.once.graph_module))
+            self.staging = replace(self.staging, once=once)
         self._timesteps = timesteps
         self._wanted = batched
         self._batched: Callable[..., list[torch.Tensor]] | None = None
@@ -145,7 +156,8 @@ class Stages:
             steps = torch.tensor(self._timesteps, dtype=torch.float64).to(like.dtype).to(like.device)
             self._steps = steps.reshape(-1, *(1,) * like.dim()).expand(-1, *like.shape).contiguous()
         if self._batched is None:
-            self._batched = batch_steps(table, position, self._steps, tensors, once)
+            compiler = self._compiler.compile_batched if self._compiler else None
+            self._batched = batch_steps(table, position, self._steps, tensors, once, compiler)
         values = self._batched(self._steps, tensors, once)
         wanted = [self.program.node(node).meta["val"] for node in table.values]
         return [_like(value, meta).unbind(0) for value, meta in zip(values, wanted, strict=True)]
@@ -219,10 +231,11 @@ class Executor:
     def compile_all(self, progress: bool) -> None:
         """Compile every distinct graph now, by running it once on the captured call with blank caches."""
         tensors = list(self.program.example.tensors.values())
+        rows = self.begin(tensors)
         first = {step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}
         for step in tqdm(sorted(first.values()), desc="compiling step graphs", unit="graph", disable=not progress):
             slots = {slot for load in self.plan.steps[step].formed for slot in load.slots} | set(self.plan.steps[step].drop)
-            self.run_step(step, tensors, {slot: self._blank(slot) for slot in slots})
+            self.run_step(step, tensors, {slot: self._blank(slot) for slot in slots}, rows)
 
     def _blank(self, slot: Slot) -> torch.Tensor:
         """A cached value like ``run_step`` would store, filled with zeros."""

@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 
+from fxmask.backends.compiler import Compiler
+from fxmask.backends.package import Package, Packages
 from fxmask.calls import RETURN_DICT, BoundCall
 from fxmask.clock import Clock, version_of
 from fxmask.errors import CaptureError, MaskError
 from fxmask.executor import Cache, Executor, GraphStore, Row
 from fxmask.mask import Mask, Plan
+from fxmask.packaging import compile_packages, write_package
 from fxmask.passes.rectify import rectify
 from fxmask.program import Block, Program
 from fxmask.report import Report
@@ -45,13 +48,21 @@ IDLE_CALLS = 64
 class _Variant:
     """The program captured for one form of call (shapes, types, static arguments), and its executors by start step."""
 
-    def __init__(self, program: Program, mask: Mask, backend: str, mode: str | None, plan: Plan | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        mask: Mask,
+        backend: str,
+        mode: str | None,
+        plan: Plan | None = None,
+        compiler: Compiler | None = None,
+    ) -> None:
         self.program = program
         self.mask = mask
         self.key = program.example.key
         self._anchor = next(iter(program.weights.values()), None)
         self._place = self._anchor.device if self._anchor is not None else None
-        self.graphs = GraphStore(program, backend, mode)
+        self.graphs = GraphStore(program, backend, mode, compiler)
         self._executors: dict[int, Executor] = {}
         if plan is not None:
             self._executors[plan.start] = Executor(plan, self.graphs)
@@ -277,7 +288,13 @@ class _Private:
     lock: Any = field(default_factory=threading.RLock)
     refused: set[tuple[Any, ...]] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)  # about the sampler that the plan was made for
+    loaded: bool = False  # from a package, which has graphs for one form of call
     warned: set[Any] = field(default_factory=set)
+
+    @property
+    def elsewhere(self) -> tuple[str, str | None]:
+        """Backend and mode for other forms of call than the one that a package was made for."""
+        return ("inductor", None) if self.loaded else (self.backend, self.mode)
 
 
 class AcceleratedModel(torch.nn.Module):
@@ -290,18 +307,26 @@ class AcceleratedModel(torch.nn.Module):
     Args:
         program: the captured denoiser.
         plan: of this program, from ``fxmask.rectify``.
-        backend: ``"inductor"`` or ``"eager"``.
+        backend: see ``fxmask.compile``.
         mode: of the backend, see ``fxmask.compile``.
+        compiler: of the backend for this form of call, if it comes from a package; others are compiled with Inductor then.
     """
 
-    def __init__(self, program: Program, plan: Plan, backend: str = "inductor", mode: str | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        backend: str = "inductor",
+        mode: str | None = None,
+        compiler: Compiler | None = None,
+    ) -> None:
         super().__init__()
         if plan.fingerprint != program.fingerprint:
             raise MaskError(
                 f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
             )
         model = program.model
-        variant = _Variant(program, plan.source, backend, mode, plan)
+        variant = _Variant(program, plan.source, backend, mode, plan, compiler)
         private = _Private(
             model=model,
             program=program,
@@ -312,6 +337,7 @@ class AcceleratedModel(torch.nn.Module):
             weights=_weights_of(model),
             current=contextvars.ContextVar("fxmask_generation", default=None),
             inferred=contextvars.ContextVar("fxmask_inferred", default=None),
+            loaded=compiler is not None,
         )
         # The original's own dictionaries: parameters, submodules and what is later done to them stay one and the same.
         shared = {name: model.__dict__[name] for name in ("_parameters", "_buffers", "_modules")}
@@ -373,14 +399,47 @@ class AcceleratedModel(torch.nn.Module):
             MaskError: the folder holds something else, or the captured call holds an argument that cannot be saved.
         """
         private = self._fxmask
+        facts = {**self._facts(), "backend": private.backend, "mode": private.mode}
+        save_mask(folder, self._source(), facts, private.program.example.arguments)
+
+    def export(self, folder: str | Path, progress: bool = False) -> None:
+        """Compile ahead of time: ``fxmask.load(folder, model)`` then neither captures nor compiles, nor needs a compiler.
+
+        The folder holds AOTInductor packages of the step graphs and of the timestep's table, for the captured form of call
+        (shapes, types), and the plan; it is a saved plan too. It holds no weights: these are the loading model's own, and
+        must have the names, shapes and types of this one's. It fits this version of PyTorch and this kind of device and
+        processor.
+
+        Args:
+            folder: is replaced if it holds a plan; any other folder with something in it is refused.
+            progress: show a progress bar.
+
+        Raises:
+            MaskError: the folder holds something else, the model's weights were replaced after it was captured, or the
+                program holds something that cannot be stored.
+            BackendError: there is no C++ compiler, or a step graph cannot be compiled ahead of time.
+        """
+        private = self._fxmask
+        known = self._packages()
+        compiler = compile_packages(private.program, private.plan, known, private.loaded and bool(known), progress)
+        facts = {**self._facts(), "backend": "package", "mode": None}
+        write_package(folder, private.program, self._source(), facts, compiler.packages)
+
+    def _source(self) -> Mask:
+        """The mask as it was given, for this program and no other."""
+        return replace(self._fxmask.plan.source, fingerprint=self._fxmask.program.fingerprint)
+
+    def _packages(self) -> Mapping[str, Package]:
+        """What is compiled ahead of time already."""
+        private = self._fxmask
+        variant = private.variants.get(private.program.example.key)
+        return variant.graphs.compiler.packages if variant and isinstance(variant.graphs.compiler, Packages) else {}
+
+    def _facts(self) -> dict[str, Any]:
+        """What the plan was made for."""
+        private = self._fxmask
         roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
-        facts = {**private.facts, "model": type(private.model).__name__, "roles": roles, "start": private.plan.start}
-        save_mask(
-            folder,
-            private.plan.source,
-            {**facts, "backend": private.backend, "mode": private.mode},
-            private.program.example.arguments,
-        )
+        return {**private.facts, "model": type(private.model).__name__, "roles": roles, "start": private.plan.start}
 
     def compile_all(self, progress: bool = False) -> AcceleratedModel:
         """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""
@@ -437,13 +496,19 @@ class AcceleratedModel(torch.nn.Module):
             if key in private.refused:
                 return None
             if key not in private.variants:
+                if private.loaded:
+                    self._warn_once(
+                        "package",
+                        f"{_difference(private.program.example, bound)}, so the model is captured and "
+                        "compiled now; export a package from such a call",
+                    )
                 try:
                     program = recapture(private.program, _detached(bound))
                 except CaptureError as error:
                     private.refused.add(key)
                     self._warn_once(key, f"this form of call runs unaccelerated, with the original model: {error}")
                     return None
-                private.variants[key] = _Variant(program, private.plan.source, private.backend, private.mode)
+                private.variants[key] = _Variant(program, private.plan.source, *private.elsewhere)
             return private.variants[key]
 
     def _warn_once(self, topic: Any, message: str) -> None:
@@ -484,7 +549,7 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         roles = {n: r for n, r in private.program.roles.items() if r in ("conditioning", "step")}
         example = private.program.example.arguments
-        return _restore, (private.model, example, roles, private.plan.source, private.plan.start, private.backend, private.mode)
+        return _restore, (private.model, example, roles, private.plan.source, private.plan.start, *private.elsewhere)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, arguments = self.__reduce__()
@@ -503,6 +568,15 @@ def _restore(
     """Capture and plan again, after unpickling or a deep copy."""
     program = capture(model, example, {name.split(".")[0]: role for name, role in roles.items()})
     return AcceleratedModel(program, rectify(program, mask, start), backend, mode)
+
+
+def _difference(old: BoundCall, new: BoundCall) -> str:
+    """In what a call differs from the one that a package was made for."""
+    forms = [{name: f"{x.dtype}{list(x.shape)} on {x.device}" for name, x in bound.tensors.items()} for bound in (old, new)]
+    name = next((name for name in {**forms[0], **forms[1]} if forms[0].get(name) != forms[1].get(name)), None)
+    if name is None:
+        return "the model's weights were replaced, or a call has other arguments than the package was exported for"
+    return f"the package was exported for {name} {forms[0].get(name)}, it is now {forms[1].get(name)}"
 
 
 def _who() -> tuple[int, int | None]:

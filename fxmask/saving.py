@@ -9,11 +9,12 @@ one is complete. A program or scheduler that differs is refused with what differ
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,34 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     return {"class": type(scheduler).__name__, "config": plain}
 
 
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of ``folder`` once everything is in it.
+
+    Args:
+        folder: is replaced if it holds a plan; any other folder with something in it is refused.
+
+    Raises:
+        MaskError: the folder holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / JSON).exists())):
+        raise MaskError(f"{folder} exists and holds no plan; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        old = folder.with_name(f"{folder.name}.{os.getpid()}.old.tmp")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_mask(folder: str | Path, mask: Mask, facts: Mapping[str, Any], example: Mapping[str, Any]) -> None:
     """Write a mask, facts about what it belongs to, and the call that the program was captured with.
 
@@ -45,11 +74,14 @@ def save_mask(folder: str | Path, mask: Mask, facts: Mapping[str, Any], example:
         example: arguments of a call by name: tensors and plain data, nested.
 
     Raises:
-        MaskError: the folder holds something else.
+        MaskError: the folder holds something else, or the call holds an argument that cannot be saved.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / JSON).exists())):
-        raise MaskError(f"{folder} exists and holds no plan; give another folder")
+    with new_folder(folder) as partial:
+        write_mask(partial, mask, facts, example)
+
+
+def write_mask(folder: Path, mask: Mask, facts: Mapping[str, Any], example: Mapping[str, Any]) -> None:
+    """The same into a folder that is there."""
     terms = sorted((mask.forecast.terms if mask.forecast else {}).items())
     flat = [c for _, pairs in terms for _, c in pairs]
     state = {
@@ -67,21 +99,9 @@ def save_mask(folder: str | Path, mask: Mask, facts: Mapping[str, Any], example:
         "timesteps": torch.tensor(mask.timesteps, dtype=torch.float64),
         "coefficients": torch.tensor(flat, dtype=torch.float64),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        save_file(tensors, partial / TENSORS)
-        state["digest"] = _digest(partial / TENSORS)
-        (partial / JSON).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        old = folder.with_name(f"{folder.name}.{os.getpid()}.old.tmp")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    save_file(tensors, folder / TENSORS)
+    state["digest"] = digest(folder / TENSORS)
+    (folder / JSON).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
 def load_plan(folder: str | Path) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
@@ -100,7 +120,7 @@ def load_plan(folder: str | Path) -> tuple[Mask, dict[str, Any], dict[str, Any]]
         raise MaskError(f"{folder / JSON} is damaged: {error}") from error
     if version != VERSION:
         raise MaskError(f"{folder} has version {version} of the format, this fxmask reads version {VERSION}; update fxmask")
-    if state.get("digest") != _digest(folder / TENSORS):
+    if state.get("digest") != digest(folder / TENSORS):
         raise MaskError(f"{folder / TENSORS} is not the file that {JSON} was written with; copy the folder as a whole")
     tensors = load_file(folder / TENSORS)
     values = iter(tensors["coefficients"].tolist())
@@ -160,5 +180,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

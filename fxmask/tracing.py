@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -239,16 +239,22 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b) or torch.allclose(a, b, 0, 0, True))
 
 
-def _output_spec(model: torch.nn.Module, bound: BoundCall) -> OutputSpec:
-    """Run the model once per value of ``return_dict`` and remember how its outputs are put together."""
+def run_model(model: torch.nn.Module, bound: BoundCall) -> tuple[OutputSpec, list[torch.Tensor]]:
+    """Run the model once per value of ``return_dict``: how its outputs are put together, and the tensors in them."""
     tensors = tuple(bound.tensors.values())
     if RETURN_DICT not in bound.arguments:
-        return OutputSpec({None: flatten_output(model(**bound.rebuild(tensors)))[1]})
-    builds: dict[Any, Callable[[Sequence[Any]], Any]] = {}
-    for value in (bound.arguments[RETURN_DICT], not bound.arguments[RETURN_DICT]):
-        with contextlib.suppress(Exception) if builds else contextlib.nullcontext():
-            builds[value] = flatten_output(model(**bound.rebuild(tensors, **{RETURN_DICT: value})))[1]
-    return OutputSpec(builds)
+        flat, build = flatten_output(model(**bound.rebuild(tensors)))
+        return OutputSpec({None: build}), flat
+    given = bound.arguments[RETURN_DICT]
+    flat, build = flatten_output(model(**bound.rebuild(tensors)))
+    builds = {given: build}
+    with contextlib.suppress(Exception):
+        builds[not given] = flatten_output(model(**bound.rebuild(tensors, **{RETURN_DICT: not given})))[1]
+    return OutputSpec(builds), flat
+
+
+def _output_spec(model: torch.nn.Module, bound: BoundCall) -> OutputSpec:
+    return run_model(model, bound)[0]
 
 
 def _verify(
@@ -371,7 +377,7 @@ def _assemble(
         model=model,
         rung=rung,
         verified=rung != UNVERIFIED,
-        fingerprint=_fingerprint(module, blocks),
+        fingerprint=fingerprint_of(module, blocks),
         weights=weights,
     )
 
@@ -385,7 +391,7 @@ def _role(name: str, signature: Signature, roles: Mapping[str, str]) -> str:
     return "timestep" if name == signature.timestep else "conditioning"
 
 
-def _fingerprint(module: fx.GraphModule, blocks: Sequence[Block]) -> str:
+def fingerprint_of(module: fx.GraphModule, blocks: Sequence[Block]) -> str:
     """Digest of operators and blocks. Independent of shapes, so that other batch sizes of a model have the same one."""
     digest = hashlib.sha256()
     for node in module.graph.nodes:

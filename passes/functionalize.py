@@ -80,7 +80,7 @@ def _unlift(
                 target = prefix + names[target]
             if target.startswith(prefix) and target.removeprefix(prefix) in tensors:
                 value: Any = tensors[target.removeprefix(prefix)]
-                target = _attribute(target.removeprefix(prefix))
+                target = attribute_of(target.removeprefix(prefix))
             else:
                 value = exported.constants.get(target, exported.state_dict.get(target))
                 target = "constant_" + target.replace(".", "_")
@@ -100,7 +100,7 @@ def _unlift(
     return graph, attributes
 
 
-def _attribute(path: str) -> str:
+def attribute_of(path: str) -> str:
     """The path with names that generated code cannot spell (``layers.in``) changed a little."""
     return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in path.split("."))
 

@@ -125,6 +125,16 @@ def build_regions(graph_module: fx.GraphModule, segments: Sequence[Segment]) -> 
     return regions
 
 
+def structure(graph_module: fx.GraphModule) -> str:
+    """What decides what a graph computes and how it is called, whatever its nodes are named."""
+    nodes = tuple(node for node in graph_module.graph.nodes if node.op == "call_function")
+    (region,) = build_regions(graph_module, [nodes])
+    end = next(iter(graph_module.graph.find_nodes(op="output")))
+    places = {name: k for k, name in enumerate(region.inputs)}
+    inputs = [places.get(node.name) for node in graph_module.graph.find_nodes(op="placeholder")]
+    return f"{region.key}\n{inputs} {[region.outputs.index(node.name) for node in end.args[0]]}"
+
+
 def _with_views(node: fx.Node, k: int, home: Mapping[fx.Node, int], nodes: dict[fx.Node, None]) -> None:
     """Append a node, after the views of earlier segments that it reads."""
     for given in node.all_input_nodes:
@@ -179,9 +189,14 @@ def _layout(value: Any) -> str:
 
 
 class Vocabulary:
-    """Which neighbouring segments are merged; learned from the step graphs of one plan, applied to any."""
+    """Which neighbouring segments are merged; learned from the step graphs of one plan, applied to any.
 
-    def __init__(self) -> None:
+    Args:
+        overhead: what compiling a region costs besides its nodes, in nodes.
+    """
+
+    def __init__(self, overhead: int = COMPILATION_NODES) -> None:
+        self._overhead = overhead
         self._merges: list[tuple[Token, Token, Token]] = []  # two neighbours, and what stands for both
         self._known: dict[Any, Token] = {}
         self._whole = False  # the graphs are so few that they need not be cut
@@ -189,33 +204,45 @@ class Vocabulary:
     def _token(self, structure: Any) -> Token:
         return self._known.setdefault(structure, len(self._known))
 
-    def learn(self, graph_modules: Sequence[fx.GraphModule], budget: int) -> None:
+    def uncut(self, graph_modules: Sequence[fx.GraphModule]) -> int:
+        """What compiling whole step graphs costs, in nodes."""
+        return sum(self._cost(sum(segments_of(module), ())) for module in graph_modules)
+
+    def learn(self, graph_modules: Sequence[fx.GraphModule], budget: int) -> int:
         """Choose merges such that the distinct regions have at most ``budget`` nodes to compile.
 
         Args:
             graph_modules: the distinct step graphs.
-            budget: in nodes; each region counts ``COMPILATION_NODES`` on top of its own.
+            budget: in nodes; each region counts ``overhead`` on top of its own.
+
+        Returns:
+            What compiling the distinct regions costs; more than the budget if they do without any merge.
         """
-        sizes = [_size(segment) for module in graph_modules for segment in [sum(segments_of(module), ())]]
-        self._whole = sum(sizes) <= budget
+        whole = self.uncut(graph_modules)
+        self._whole = whole <= budget
+        if self._whole:
+            return whole
         texts = []
         size: dict[Token, int] = {}
         for module in graph_modules:
             segments = segments_of(module)
             text = self._tokens(module, segments)
             for token, segment in zip(text, segments, strict=True):
-                size[token] = _size(segment)
+                size[token] = self._cost(segment)
             texts.append(text)
         spent = sum(size.values())
         while True:
             pair = self._best(texts, size, budget - spent)
             if pair is None:
-                return
+                return spent
             made = self._token(pair)
             self._merges.append((*pair, made))
             texts = [_merge(text, text, pair, lambda a, b, made=made: made) for text in texts]  # type: ignore[misc]
-            size[made] = size[pair[0]] + size[pair[1]] - COMPILATION_NODES
+            size[made] = size[pair[0]] + size[pair[1]] - self._overhead
             spent = sum(size[token] for token in {token for text in texts for token in text})
+
+    def _cost(self, segment: Segment) -> int:
+        return self._overhead + sum(not is_view(node) for node in segment)
 
     def split(self, graph_module: fx.GraphModule) -> list[Region]:
         """The regions of a step graph."""
@@ -234,8 +261,7 @@ class Vocabulary:
         named = {name: region.outputs for region in regions for name in region.outputs}
         return [self._token(next((keys[named[n.name]] for n in segment if n.name in named), "")) for segment in segments]
 
-    @staticmethod
-    def _best(texts: Sequence[Sequence[Token]], size: Mapping[Token, int], left: int) -> tuple[Token, Token] | None:
+    def _best(self, texts: Sequence[Sequence[Token]], size: Mapping[Token, int], left: int) -> tuple[Token, Token] | None:
         """The pair that saves most calls for what it adds to compile, or ``None``."""
         single = Counter(token for text in texts for token in text)
         pairs = Counter(pair for text in texts for pair in itertools.pairwise(text))
@@ -245,16 +271,11 @@ class Vocabulary:
                 count = sum(len(text) - len(_merge(text, text, (a, b), operator.add)) for text in texts)
             used = {a: 2 * count} if a == b else {a: count, b: count}
             gone = sum(size[token] for token, n in used.items() if single[token] == n)
-            added = size[a] + size[b] - COMPILATION_NODES - gone
+            added = size[a] + size[b] - self._overhead - gone
             gain = count / max(1, added)
             if added <= left and gain > most:
                 best, most = (a, b), gain
         return best
-
-
-def _size(segment: Segment) -> int:
-    """What compiling a segment costs, in nodes."""
-    return COMPILATION_NODES + sum(not is_view(node) for node in segment)
 
 
 def _merge(text: Sequence[Token], items: Sequence[T], pair: tuple[Token, Token], join: Callable[[T, T], T]) -> list[T]:

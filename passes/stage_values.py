@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -55,6 +55,7 @@ class Prologue:
         sources: every node that is staged -> the one of ``values`` that is equal to it.
         given: the nodes whose values it is given.
         macs: multiply-accumulates of one call.
+        compiled: what a backend made of the graph, if it compiles prologues.
     """
 
     graph_module: fx.GraphModule
@@ -63,10 +64,12 @@ class Prologue:
     sources: Mapping[str, str]
     given: tuple[str, ...]
     macs: int
+    compiled: Callable[..., Any] | None = None
 
     def __call__(self, tensors: Sequence[torch.Tensor], staged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The values by name, for all of the program's inputs and what is staged already."""
-        results = self.graph_module(*(tensors[k] for k in self.inputs), *(staged[name] for name in self.given))
+        run = self.compiled or self.graph_module
+        results = run(*(tensors[k] for k in self.inputs), *(staged[name] for name in self.given))
         return dict(zip(self.values, results, strict=True))
 
 
@@ -217,8 +220,20 @@ def _prologue(program: Program, wanted: Sequence[fx.Node], given: Mapping[str, s
     return Prologue(module, tuple(inputs), tuple(first.values()), sources, needed, macs)
 
 
+class BatchCompiler(Protocol):
+    """Compiles a graph that works on all steps at once."""
+
+    def __call__(self, row: fx.GraphModule, num_steps: int, trace: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
+        """What computes ``trace()``, which is ``row`` for ``num_steps`` steps; it need not be traced to be known."""
+
+
 def batch_steps(
-    table: Prologue, timestep: int, timesteps: torch.Tensor, tensors: Sequence[torch.Tensor], staged: dict[str, torch.Tensor]
+    table: Prologue,
+    timestep: int,
+    timesteps: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    staged: dict[str, torch.Tensor],
+    compiler: BatchCompiler | None = None,
 ) -> Callable[..., list[torch.Tensor]]:
     """The table's graph with a leading dimension for steps.
 
@@ -228,6 +243,7 @@ def batch_steps(
         timesteps: ``[T, *shape of the timestep]``.
         tensors: the program's inputs; the timestep in them is not used.
         staged: what is staged already.
+        compiler: if its operators are not to run one after the other.
 
     Returns:
         A function of ``(timesteps, tensors, staged)`` that returns one tensor ``[T, ...]`` per value. Its operators work on
@@ -244,9 +260,13 @@ def batch_steps(
     def rows(*given: torch.Tensor) -> Any:
         return torch.vmap(lifted, in_dims=dims)(*given)
 
-    with torch.no_grad():
-        batched = make_fx(rows)(*arguments(timesteps, tensors, staged))
-    remove_dead(batched.graph)
-    merge_common(batched.graph)
-    batched.recompile()
-    return lambda steps, tensors, staged: batched(*arguments(steps, tensors, staged))
+    def trace() -> fx.GraphModule:
+        with torch.no_grad():
+            batched = make_fx(torch.func.functionalize(rows))(*arguments(timesteps, tensors, staged))
+        remove_dead(batched.graph)
+        merge_common(batched.graph)
+        batched.recompile()
+        return batched
+
+    run = compiler(lifted, len(timesteps), trace) if compiler else trace()
+    return lambda steps, tensors, staged: run(*arguments(steps, tensors, staged))

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["test_mask.py", "test_capture.py", "test_passes.py", "test_runtime.py", "test_peer_bugs.py", "test_properties.py"]
+QUICK = [
+    "test_stages.py",
+    "test_regions.py",
+    "test_cudagraph.py",
+    "test_mask.py",
+    "test_capture.py",
+    "test_passes.py",
+    "test_runtime.py",
+    "test_peer_bugs.py",
+    "test_properties.py",
+]
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,47 @@ MUTATIONS = [
         "runtime.py",
         "        if all(lane.latest in matches and lane.position is not None for lane in waiting):\n",
         "        if False:\n",
+    ),
+    Mutation(
+        "runtime: tables outlive their run",
+        "runtime.py",
+        "            lane.rows = variant.executor(step).begin(tensors)\n",
+        "            lane.rows = lane.rows or variant.executor(step).begin(tensors)\n",
+    ),
+    Mutation("stages: a loaded block is staged", "passes/stage_values.py", "if node.name in cut or ", "if "),
+    Mutation(
+        "stages: what changes at every step is hoisted",
+        "passes/stage_values.py",
+        'OF_ROLE = {"timestep": BindingTime.TIMESTEP,',
+        'OF_ROLE = {"step": BindingTime.CONDITIONING, "timestep": BindingTime.TIMESTEP,',
+    ),
+    Mutation("stages: tables of any size", "passes/stage_values.py", "<= MOST_TABLE_BYTES", ">= 0"),
+    Mutation(
+        "merge: random numbers are drawn once",
+        "passes/merge_common.py",
+        '        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):\n',
+        "        if False:\n",
+    ),
+    Mutation(
+        "specialise: a merged output and store share memory",
+        "passes/specialize.py",
+        "results = _unalias_outputs(graph, results, set(stored) | set(former.cached) | set(given.values()))",
+        "pass",
+    ),
+    Mutation(
+        "regions: structures without layouts",
+        "passes/split_regions.py",
+        "        lines.append(_layout(held))\n",
+        "",
+    ),
+    Mutation(
+        "regions: a kept value is no output",
+        "passes/split_regions.py",
+        "if node in needed or node.meta.get(KEPT)]",
+        "if node in needed]",
+    ),
+    Mutation(
+        "cudagraph: results belong to the replay", "backends/cudagraph.py", "tuple(x.clone() for x in", "tuple(x for x in"
     ),
 ]
 

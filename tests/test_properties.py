@@ -107,7 +107,7 @@ class EagerParts(Regions):
     def compile(self, graph_module: fx.GraphModule) -> Any:
         regions = self._vocabulary.split(graph_module)
         runs: Any = [self._compiled.setdefault(r.key, r.graph_module) for r in regions]  # type: ignore[arg-type]
-        return inductor._schedule(graph_module, regions, runs)
+        return inductor.schedule(graph_module, regions, runs)
 
 
 def check_in_parts(pair: Pair) -> None:

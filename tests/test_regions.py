@@ -45,7 +45,7 @@ def run_in_parts(graph_module, segments, inputs):
     """What a schedule of the regions computes, in eager mode."""
     regions = build_regions(graph_module, segments)
     runs = [region.graph_module for region in regions]
-    return inductor._schedule(graph_module, regions, runs)(*inputs)
+    return inductor.schedule(graph_module, regions, runs)(*inputs)
 
 
 def test_joins_are_the_residual_sums():

@@ -114,7 +114,7 @@ def test_table_of_all_steps_is_each_step_up_to_rounding():
         expected = stage(program, 4).at(list(program.signature.bind((), call).tensors.values()))
         assert row.keys() == expected.keys()
         for name, value in expected.items():
-            assert torch.allclose(row[name], value, atol=1e-6)
+            assert torch.allclose(row[name], value, atol=1e-5)
             assert row[name].stride() == value.stride()
             assert row[name].dtype == value.dtype
 
