@@ -207,8 +207,9 @@ def write(folder: Path, output: Path) -> None:
 INTRODUCTION = """\
 Measured: median over turns of the seconds of a run under `torch.compile` over those of the same run with fxmask, both with
 static shapes, in turns in one process; with a 95 % bootstrap interval of the median. *MACs*: ratio by the mask alone,
-*executed*: with what is hoisted and folded. *Cold*: first run of all steps from an empty compilation cache, in a process of its own,
-beside the same under `torch.compile`. *Error*: largest difference from the compiled model's output over the largest value.
+*executed*: with what is hoisted and folded. *Cold*: first run of all steps from an empty compilation cache, in a process of
+its own, beside the same under `torch.compile`. *Error*: largest difference from the compiled model's output over the largest
+value.
 """
 
 
