@@ -21,8 +21,8 @@ and returns the denoiser, or the denoiser and a dict of the arguments of one cal
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(prog="fxmask", description="A compiler for the sampling loop of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser(
@@ -39,7 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--output", type=Path, help="folder for the table, JSON and plot")
     summary = commands.add_parser("summary", help="show the blocks of a denoiser")
     summary.add_argument("model", metavar="MODEL")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = make_parser().parse_args(arguments)
     try:
         return _bench(options) if options.command == "bench" else _summary(options)
     except FxmaskError as error:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxmask.errors import MaskError
 
@@ -49,15 +48,14 @@ def graph_from_data(data: Sequence[Any], attributes: Mapping[str, torch.Tensor],
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    with FakeTensorMode():
-        for op, name, target, args, kwargs, value in data:
-            made: Any = _operator(target) if op == "call_function" else target
-            node = graph.create_node(op, made, _decode(args, nodes, device), _decode(kwargs, nodes, device), name)
-            if node.name != name:
-                raise ValueError(f"two nodes are named {name!r}")
-            nodes[name] = node
-            if op != "output":
-                node.meta["val"] = _decode_value(value, device)
+    for op, name, target, args, kwargs, value in data:
+        made: Any = _operator(target) if op == "call_function" else target
+        node = graph.create_node(op, made, _decode(args, nodes, device), _decode(kwargs, nodes, device), name)
+        if node.name != name:
+            raise ValueError(f"two nodes are named {name!r}")
+        nodes[name] = node
+        if op != "output":
+            node.meta["val"] = _decode_value(value, device)
     graph.lint()
     return fx.GraphModule(dict(attributes), graph, class_name="Program")
 
@@ -152,8 +150,24 @@ def _decode_value(data: Any, device: torch.device) -> Any:
         return tuple(_decode_value(item, device) for item in data)
     if isinstance(data, dict) and "shape" in data:
         dtype = _decode({"dtype": data["dtype"]}, {}, device)
-        return torch.empty_strided(data["shape"], data["stride"], dtype=dtype, device=_placed(data["device"], device))
+        return _Shaped(data["shape"], data["stride"], dtype, _placed(data["device"], device))
     return _decode(data, {}, device)
+
+
+class _Shaped(torch.Tensor):
+    """Shape, layout, type and device without memory. A FakeTensor too is that, but imports a compiler."""
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> _Shaped:
+        made: _Shaped = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), tuple(strides), dtype=dtype, device=device)
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{self.dtype}{list(self.shape)} on {self.device}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError(f"{func} needs values, and this is only the shape of one")
 
 
 def _placed(kind: str, device: torch.device) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fxmask
+from fxmask import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +44,12 @@ def test_the_folders_are_no_packages_of_their_own(folder):
 def test_readme_commands():
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"```bash\n(.*?)\n```", readme, re.S)
-    assert len(commands) == 2
+    assert len(commands) == 3
+    for line in commands[2].splitlines():
+        name, *arguments = shlex.split(line, comments=True)
+        assert name == "fxmask"
+        options = cli.make_parser().parse_args(arguments)
+        assert (ROOT / options.model.split(":")[0]).exists()
     assert commands[0].endswith("python examples/ddpm.py")
     assert "pytest" in commands[1]
     assert "grep" in (ROOT / ".ci" / "run").read_text(), "CI reads the command from the README"
