@@ -257,3 +257,21 @@ def load_classifier(root: Path = CHECKPOINTS) -> DigitClassifier:
     model = load_model("classifier", root)
     assert isinstance(model, DigitClassifier)
     return model
+
+
+def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Squared Frechet distance of Gaussians fitted to features ``[N, F]`` and ``[M, F]``, in double precision.
+
+    Dowson and Landau, "The Frechet distance between multivariate normal distributions", 1982, Eq. 4.
+    """
+    first, second = first.double(), second.double()
+    a, b = torch.cov(first.T), torch.cov(second.T)
+    half = _square_root(b)
+    means = (first.mean(0) - second.mean(0)).square().sum()
+    return float(means + a.trace() + b.trace() - 2 * _square_root(half @ a @ half).trace())
+
+
+def _square_root(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a symmetric matrix without negative eigenvalues, up to rounding."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

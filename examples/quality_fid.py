@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
-from digits import load_classifier, load_digits
+from digits import frechet_distance, load_classifier, load_digits
 from quality_cells import Cell, Evaluation, Results, Row, columns, default_mask
 from quality_rivals import rivals
 
@@ -23,22 +23,6 @@ IMAGES = 2_048
 RESAMPLES = 200
 FULL = "full sampler 1.0"
 COMPARED = ("fewer steps, scheduler's grid", "whole output, fitted forecast", "FORA: all branches reused")
-
-
-def root(matrix: torch.Tensor) -> torch.Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues, up to rounding."""
-    values, vectors = torch.linalg.eigh(matrix)
-    half: torch.Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return half
-
-
-def frechet_distance(features: torch.Tensor, real: torch.Tensor) -> float:
-    """Squared Frechet distance of Gaussians fitted to features ``[N, F]`` and ``[M, F]``, in double precision."""
-    features, real = features.double(), real.double()
-    a, b = torch.cov(features.T), torch.cov(real.T)
-    half = root(b)
-    means = (features.mean(0) - real.mean(0)).square().sum()
-    return float(means + a.trace() + b.trace() - 2 * root(half @ a @ half).trace())
 
 
 @cache

@@ -34,6 +34,7 @@ from digits import (
     captions_of,
     draw_captions,
     encode_tokens,
+    frechet_distance,
     load_classifier,
     load_digits,
     load_model,
@@ -615,16 +616,6 @@ def save_grid(images: Tensor, path: Path, columns: int = 20, zoom: int = 3) -> N
     picture = Image.fromarray(grey)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Returns the Frechet distance of two feature sets, [N, F] and [M, F], each taken as a Gaussian."""
-    first, second = first.double(), second.double()
-    means = (first.mean(0) - second.mean(0)).square().sum()
-    a, b = torch.cov(first.T), torch.cov(second.T)
-    # The eigenvalues of the product a b are real and not negative, up to rounding.
-    cross = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
-    return (means + a.trace() + b.trace() - 2 * cross).item()
 
 
 @torch.no_grad()
