@@ -94,6 +94,56 @@ def pixart() -> Case:
     return model, call
 
 
+def dit_xl() -> Case:
+    """DiT-XL/2 at 256 pixels: 28 layers, 1,152 wide, 256 tokens, batch 8, bfloat16, on a GPU."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=28, sample_size=32)
+    call = {
+        "hidden_states": torch.randn(8, 4, 32, 32),
+        "timestep": torch.full((8,), 500),
+        "class_labels": torch.arange(8),
+    }
+    return on_gpu(model, call)
+
+
+def pixart_sigma() -> Case:
+    """PixArt-Sigma at 1,024 pixels: 28 layers, 1,152 wide, 4,096 image and 300 caption tokens, batch 2, bfloat16, on a GPU."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        out_channels=8,
+        num_layers=28,
+        sample_size=128,
+        caption_channels=4096,
+        interpolation_scale=2,
+        use_additional_conditions=False,
+    )
+    call = {
+        "hidden_states": torch.randn(2, 4, 128, 128),
+        "encoder_hidden_states": torch.randn(2, 300, 4096),
+        "timestep": torch.tensor([500, 500]),
+        "encoder_attention_mask": (torch.arange(300)[None] < torch.tensor([[20], [300]])).float(),
+    }
+    return on_gpu(model, call)
+
+
+def unet_gpu() -> Case:
+    """The full-size U-Net at batch 64 on a GPU."""
+    model, call = unet()
+    return on_gpu(model, {**call, "sample": torch.randn(64, 3, 32, 32)}, torch.float32)
+
+
+def on_gpu(model: torch.nn.Module, call: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Model and floating-point arguments on the GPU, in a type; timesteps stay whole."""
+    moved = {name: x.to("cuda", dtype if x.is_floating_point() else None) for name, x in call.items()}
+    return model.to("cuda", dtype), moved
+
+
 FILE = "examples/speed.py"
 STEPS = 16
 
@@ -102,6 +152,19 @@ def timed(make: Callable[[], Case], ratios: list[float], repeats: int) -> list[R
     """Speed-ups of one shape."""
     model, call = make()
     return Bench(model.eval(), call, STEPS).measure(benchmark.variants(ratios, ["regions", "whole"]), repeats)
+
+
+def on_a_gpu(make: Callable[[], Case], repeats: int) -> list[Row]:
+    """Speed-ups of one shape with CUDA graphs off and on; kernels of its step graphs at 2x are Triton's."""
+    if not torch.cuda.is_available():
+        return []
+    model, call = make()
+    bench = Bench(model.eval(), call, STEPS)
+    chosen = benchmark.variants([2.0, 4.0], ["regions", "whole"], ["inductor", "cudagraph"])
+    rows = bench.measure(chosen, repeats)
+    half = next(v for v in chosen if v.name == "fxmask whole, 2x")
+    benchmark.add_kernels(bench, [half], rows)
+    return rows
 
 
 def cold(repeats: int) -> list[Row]:
@@ -147,6 +210,9 @@ PARTS: dict[str, tuple[str, Callable[[int], list[Row]]]] = {
         "PixArt shape (12 layers, 384 wide, 256 image and 300 caption tokens, batch 2): hoisting and folding alone",
         lambda n: timed(pixart, [], n),
     ),
+    "dit_xl": ("DiT-XL/2 at 256, bfloat16, batch 8 (needs an NVIDIA GPU)", lambda n: on_a_gpu(dit_xl, n)),
+    "pixart_sigma": ("PixArt-Sigma at 1,024, bfloat16, batch 2 (needs an NVIDIA GPU)", lambda n: on_a_gpu(pixart_sigma, n)),
+    "unet_gpu": ("DDPM CIFAR-10 U-Net, batch 64 (needs an NVIDIA GPU)", lambda n: on_a_gpu(unet_gpu, n)),
     "cold": ("Compilation: the first run of all steps on the DiT-S shape, from an empty cache", cold),
     "kernels": ("Kernels per step graph of the DiT-S shape", kernels),
 }
@@ -166,6 +232,8 @@ def main() -> None:
         path = options.folder / f"{part}.json"
         if options.again or not path.exists():
             rows = PARTS[part][1](options.repeats)
+            if not rows:
+                continue  # needs a GPU
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
             os.replace(partial, path)
@@ -184,7 +252,7 @@ def write(folder: Path, output: Path) -> None:
     for part, (title, _) in PARTS.items():
         path = folder / f"{part}.json"
         if not path.exists():
-            lines += [f"## {title}", "", "Not measured yet.", ""]
+            lines += [f"## {title}", "", "Not measured.", ""]
             continue
         rows = [Row(**row) for row in json.loads(path.read_text())]
         lines += [f"## {title}", ""]

@@ -46,12 +46,14 @@ class Variant:
         name: for the table.
         ratio: asked ratio of MACs, 1 for a mask of ones; ``None`` for the model itself.
         mode: how step graphs are compiled.
+        backend: by what.
         off: optional passes that are switched off.
     """
 
     name: str
     ratio: float | None = None
     mode: str | None = None
+    backend: str = "inductor"
     off: tuple[str, ...] = ()
 
 
@@ -93,12 +95,14 @@ class Row:
         return None if self.speedup is None else self.speedup / self.macs
 
 
-def variants(ratios: Sequence[float], modes: Sequence[str]) -> list[Variant]:
-    """Eager, compiled, a mask of ones, and each ratio in each mode."""
+def variants(ratios: Sequence[float], modes: Sequence[str], backends: Sequence[str] = ("inductor",)) -> list[Variant]:
+    """Eager, compiled, a mask of ones, and each ratio in each mode of each backend."""
     made = [Variant(EAGER), Variant(PLAIN)]
-    for mode in modes:
-        for ratio in (1.0, *ratios):
-            made.append(Variant(f"fxmask {mode}, " + ("all ones" if ratio == 1 else f"{ratio:g}x"), ratio, mode))
+    for backend in backends:
+        for mode in modes:
+            name = f"fxmask {mode}" if backend == "inductor" else f"fxmask {mode} ({backend})"
+            for ratio in (1.0, *ratios):
+                made.append(Variant(f"{name}, " + ("all ones" if ratio == 1 else f"{ratio:g}x"), ratio, mode, backend))
     return made
 
 
@@ -194,7 +198,7 @@ class Bench:
         assert variant.ratio is not None
         mask = random_mask(self.program, self.num_steps, variant.ratio, self.seed)
         with switched_off(*variant.off):
-            accelerated = fxmask.compile(self.program, fxmask.rectify(self.program, mask), "inductor", variant.mode)
+            accelerated = fxmask.compile(self.program, fxmask.rectify(self.program, mask), variant.backend, variant.mode)
             accelerated._fxmask.variants[self.program.example.key].executor(0).graphs.prepare(accelerated.plan)
         return accelerated
 

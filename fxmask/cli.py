@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("model", metavar="MODEL")
     bench.add_argument("--ratios", nargs="+", type=float, default=[2.0, 4.0], help="ratios of MACs")
     bench.add_argument("--modes", nargs="+", default=["regions", "whole"], help="how step graphs are compiled")
+    bench.add_argument("--backends", nargs="+", default=["inductor"], help="inductor, cudagraph")
     bench.add_argument("--steps", type=int, default=20, help="sampling steps")
     bench.add_argument("--repeats", type=int, default=9, help="turns; the medians are reported")
     bench.add_argument("--seed", type=int, default=0, help="of the masks")
@@ -57,7 +58,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     model, call = benchmark.load_case(options.model)
     bench = benchmark.Bench(model, call, options.steps, options.seed)
-    chosen = benchmark.variants(options.ratios, options.modes)
+    chosen = benchmark.variants(options.ratios, options.modes, options.backends)
     rows = bench.measure(chosen, options.repeats)
     if options.cold:
         cold = [v for v in chosen if v.name != benchmark.EAGER]
