@@ -194,8 +194,8 @@ def kernels(repeats: int) -> list[Row]:
     bench = Bench(model.eval(), call, STEPS)
     rows = []
     for ratio in (1.0, 2.0, 4.0):
-        row = Row(f"fxmask whole, {ratio:g}x")
-        row.kernels = bench.count_kernels(Variant(row.name, ratio, "whole"))
+        row = Row(f"fxmask regions, {ratio:g}x")
+        row.kernels = bench.count_kernels(Variant(row.name, ratio, "regions"))
         rows.append(row)
     return rows
 
