@@ -71,23 +71,18 @@ def unet() -> Case:
 
 def pixart() -> Case:
     """A PixArt shape: 12 layers, 384 wide, 256 image tokens, 300 caption tokens, batch 2."""
+    return _pixart(num_attention_heads=6, attention_head_dim=64, num_layers=12, sample_size=32, caption_channels=1024)
+
+
+def _pixart(**config: Any) -> Case:
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
-    model = PixArtTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=8,
-        num_layers=12,
-        cross_attention_dim=384,
-        sample_size=32,
-        caption_channels=1024,
-        use_additional_conditions=False,
-    )
+    width, side = config["num_attention_heads"] * config["attention_head_dim"], config["sample_size"]
+    model = PixArtTransformer2DModel(cross_attention_dim=width, out_channels=8, use_additional_conditions=False, **config)
     call = {
-        "hidden_states": torch.randn(2, 4, 32, 32),
-        "encoder_hidden_states": torch.randn(2, 300, 1024),
+        "hidden_states": torch.randn(2, 4, side, side),
+        "encoder_hidden_states": torch.randn(2, 300, config["caption_channels"]),
         "timestep": torch.tensor([500, 500]),
         "encoder_attention_mask": (torch.arange(300)[None] < torch.tensor([[20], [300]])).float(),
     }
@@ -110,26 +105,8 @@ def dit_xl() -> Case:
 
 def pixart_sigma() -> Case:
     """PixArt-Sigma at 1,024 pixels: 28 layers, 1,152 wide, 4,096 image and 300 caption tokens, batch 2, bfloat16, on a GPU."""
-    from diffusers import PixArtTransformer2DModel
-
-    torch.manual_seed(0)
-    model = PixArtTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        out_channels=8,
-        num_layers=28,
-        sample_size=128,
-        caption_channels=4096,
-        interpolation_scale=2,
-        use_additional_conditions=False,
-    )
-    call = {
-        "hidden_states": torch.randn(2, 4, 128, 128),
-        "encoder_hidden_states": torch.randn(2, 300, 4096),
-        "timestep": torch.tensor([500, 500]),
-        "encoder_attention_mask": (torch.arange(300)[None] < torch.tensor([[20], [300]])).float(),
-    }
-    return on_gpu(model, call)
+    large = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 128}
+    return on_gpu(*_pixart(caption_channels=4096, interpolation_scale=2, **large))
 
 
 def unet_gpu() -> Case:

@@ -7,6 +7,7 @@ machine slows both sides of a turn. Compilation is timed in processes of its own
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -30,7 +31,6 @@ from fxmask.backends import inductor
 from fxmask.errors import FxmaskError, InputError
 from fxmask.mask import Mask
 from fxmask.passes.count_macs import count_macs
-from fxmask.passes.observer import switched_off
 from fxmask.program import Program
 from fxmask.runtime import AcceleratedModel
 
@@ -47,14 +47,12 @@ class Variant:
         ratio: asked ratio of MACs, 1 for a mask of ones; ``None`` for the model itself.
         mode: how step graphs are compiled.
         backend: by what.
-        off: optional passes that are switched off.
     """
 
     name: str
     ratio: float | None = None
     mode: str | None = None
     backend: str = "inductor"
-    off: tuple[str, ...] = ()
 
 
 @dataclass
@@ -197,10 +195,7 @@ class Bench:
         """The accelerated model of a variant, not compiled yet."""
         assert variant.ratio is not None
         mask = random_mask(self.program, self.num_steps, variant.ratio, self.seed)
-        with switched_off(*variant.off):
-            accelerated = fxmask.compile(self.program, fxmask.rectify(self.program, mask), variant.backend, variant.mode)
-            accelerated._fxmask.variants[self.program.example.key].executor(0).graphs.prepare(accelerated.plan)
-        return accelerated
+        return fxmask.compile(self.program, fxmask.rectify(self.program, mask), variant.backend, variant.mode)
 
     def measure(self, chosen: Sequence[Variant], repeats: int, progress: bool = True) -> list[Row]:
         """Compile everything, then run the variants in turns."""
@@ -292,7 +287,7 @@ def _run_accelerated(model: AcceleratedModel, calls: Sequence[Mapping[str, Any]]
 
 
 def _runner(model: AcceleratedModel, calls: Sequence[Mapping[str, Any]]) -> Callable[[], torch.Tensor]:
-    return lambda: _run_accelerated(model, calls)
+    return functools.partial(_run_accelerated, model, calls)
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -349,9 +344,7 @@ def _cold_job() -> None:
     job = json.loads(sys.stdin.read())
     model, call = load_case(job["case"])
     bench = Bench(model, call, job["num_steps"], job["seed"])
-    variant = Variant(**{**job["variant"], "off": tuple(job["variant"]["off"])})
-    run: Callable[[], Any] = bench.prepare(variant)
-    seconds = _timed(run)
+    seconds = _timed(bench.prepare(Variant(**job["variant"])))
     result = {"seconds": seconds, "peak_bytes": peak_bytes(), "compilations": inductor.compilations}
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 

@@ -6,6 +6,7 @@ share a ``GraphStore``, so that equal step graphs are compiled once.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from fxmask.backends import get_backend
 from fxmask.backends.compiler import Compiler, StageCompiler
+from fxmask.backends.inductor import restride
 from fxmask.mask import Plan, Slot
 from fxmask.passes.specialize import StepGraph, forecast_coefficients, specialize_step
 from fxmask.passes.split_regions import JOIN, KEPT, joins
@@ -63,9 +65,13 @@ class GraphStore:
         with self._lock:
             self._specialize(plan)
 
+    @functools.cached_property
+    def _joins(self) -> frozenset[str]:
+        return joins(self.program)
+
     def _specialize(self, plan: Plan) -> None:
         """The graphs of a plan that are not there yet."""
-        marks: dict[str, list[str]] = {name: [JOIN] for name in joins(self.program)}
+        marks: dict[str, list[str]] = {name: [JOIN] for name in self._joins}
         for slot in {slot for step in plan.steps for load in step.formed for slot in load.slots}:
             marks.setdefault(self.program.block(slot.block).values[slot.value], []).append(KEPT)
         made = {}
@@ -212,7 +218,7 @@ class Executor:
         """
         plan = self.plan.steps[step]
         graph, run = self.graphs.get(self.plan, step)
-        arguments = [_laid_out(tensors[k], self._layouts[k]) for k in graph.inputs]
+        arguments = [restride(tensors[k], self._layouts[k]) for k in graph.inputs]
         if graph.staged:
             stages = self.graphs.stages(self.plan)
             row = stages.complete(rows[step], tensors) if rows else stages.at(tensors)
@@ -263,10 +269,3 @@ def _dense_strides(example: torch.Tensor) -> tuple[int, ...]:
     """Strides that compiled graphs expect of an input: those of the captured call, or contiguous if these overlap."""
     dense = torch.empty_like(example, device="meta")  # keeps strides where they are dense
     return tuple(dense.stride())
-
-
-def _laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """The tensor in the memory layout that graphs were compiled for."""
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -47,12 +47,14 @@ class Schedule:
         history: K, how many fresh values a forecast may read.
         samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any,
             the sampler is stochastic, and blocks that cannot read samples are reused as they are.
+        blend: how many earlier outputs a computed output is blended with, besides the noisy samples; 0: it stays as it is.
         kind: where the schedule came from, for reports.
     """
 
     loads: tuple[frozenset[str], ...]
     history: int = 3
     samples: int = 0
+    blend: int = 0
     kind: str = field(default="", compare=False)
 
     @functools.cached_property
@@ -129,13 +131,23 @@ class Student:
         return self._live[loads]
 
     def sources(self, schedule: Schedule, step: int, block: str) -> list[Source]:
-        """What a forecast of ``block`` may read at ``step``, the latest first."""
-        history = 1 if schedule.samples and not self.reads_samples(block) else schedule.history
+        """What a forecast of ``block`` may read at ``step``, or a blend of it, the latest first."""
+        reads = self.reads_samples(block)
+        blends = block in self.fresh(schedule.loads[step])
+        history = 1 if schedule.samples and not reads else schedule.history
+        history = schedule.blend if blends else history
         steps = [j for j in reversed(range(step)) if block in self.fresh(schedule.loads[j])][:history]
-        sources: list[Source] = list(steps)
-        if schedule.samples and self.reads_samples(block):
-            sources += [(INPUT, j) for j in (step, *steps)[: schedule.samples]]
+        sources: list[Source] = [step, *steps] if blends else list(steps)
+        if schedule.samples and reads and (step or not blends):
+            at = (step, step - 1, step - 2) if schedule.blend else (step, *steps)
+            sources += [(INPUT, j) for j in at[: schedule.samples] if j >= 0]
         return sources
+
+    @functools.cached_property
+    def output(self) -> str | None:
+        """Name of the block that is the prediction itself, which can be blended."""
+        result = next(iter(self.program.graph_module.graph.find_nodes(op="output"))).args[0][0]
+        return next((b.name for b in output_blocks(self.program) if b.values == (result.name,)), None)
 
     def reads_samples(self, name: str) -> bool:
         """Whether the block's value has the shape of the sample, so that a forecast may read samples."""
@@ -145,7 +157,8 @@ class Student:
 
     def mask(self, schedule: Schedule, coefficients: Coefficients) -> Mask:
         """The schedule as a mask of the program."""
-        names = tuple(block.name for block in self.program.blocks if block.name in schedule.formed)
+        cached = self._cached(schedule)
+        names = tuple(block.name for block in self.program.blocks if block.name in cached)
         # what is dead is not loaded either: rectify turns it off, and computes the live part of a block of several values
         rows = [[name not in loads for name in names] for loads in schedule.loads]
         terms = {key: value for key, value in coefficients.items() if not _is_plain(schedule, key, value)}
@@ -225,7 +238,7 @@ class Student:
         missing = [name for name in sorted(loads) if (step, name) not in used]
         if missing:
             used.update(self._fit(schedule, step, missing, inputs, caches))
-        stored = schedule.formed & self.fresh(loads)
+        stored = self._cached(schedule) & self.fresh(loads)
         emit = tuple(b.name for b in self.program.blocks if b.name in stored)
         graph = self._graph(loads, emit)
         results = []
@@ -236,7 +249,38 @@ class Student:
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
                 cache[Slot(block, i, step)] = value
             results.append(produced[0])
+        blended = self.output
+        if blended is not None and blended in stored and schedule.blend:
+            if (step, blended) not in used:
+                used[step, blended] = self._fit_blend(schedule, step, inputs, caches)
+            terms = used[step, blended]
+            if len(terms) > 1:
+                slot = Slot(blended, 0, step)
+                results = [_formed(blended, 0, terms, cache) for cache in caches]
+                for cache, result in zip(caches, results, strict=True):
+                    cache[slot] = result
         return results
+
+    def _cached(self, schedule: Schedule) -> frozenset[str]:
+        """Blocks whose computed values may be read later."""
+        return schedule.formed | {self.output} if schedule.blend and self.output else schedule.formed
+
+    def _fit_blend(self, schedule: Schedule, step: int, inputs: Sequence[list[torch.Tensor]], caches: Sequence[Cache]) -> Terms:
+        """How the output that a step has just computed is blended: what comes nearest to the full network's."""
+        block = self.output
+        assert block is not None
+        sources = self.sources(schedule, step, block)
+        if not schedule.loads[step]:
+            return ((sources[0], 1.0), *((source, 0.0) for source in sources[1:]))
+        graph = self._graph(frozenset(), ())
+        moments = []
+        self.count(graph.macs)
+        for tensors, cache in zip(inputs, caches, strict=True):
+            target = graph(tensors, [])[0]
+            basis = torch.stack([cache[slot_of(s, block, 0)].flatten() for s in sources] + [target.flatten()])
+            wide = basis.to(wide_dtype(basis.dtype))
+            moments.append((wide @ wide.T).double().cpu())
+        return _solve(self.group.sum(moments), sources)
 
     def _fit(
         self,
@@ -279,7 +323,7 @@ class Student:
             for cache in caches.values():
                 for block in {slot.block for slot in cache} - {INPUT}:
                     steps = sorted({slot.step for slot in cache if slot.block == block})
-                    old = steps[: -schedule.history - 1]
+                    old = steps[: -max(schedule.history, schedule.blend) - 1]
                     for slot in [slot for slot in cache if slot.block == block and slot.step in old]:
                         del cache[slot]
 
@@ -405,6 +449,8 @@ def _solve(moment: torch.Tensor, sources: Sequence[Source]) -> Terms:
 
 def _is_plain(schedule: Schedule, key: tuple[int, str], terms: Terms) -> bool:
     step, block = key
+    if any(source == step for source, _ in terms):
+        return all(c == float(source == step) for source, c in terms)
     latest = next(j for j in reversed(range(step)) if block not in schedule.loads[j])  # as the mask has it
     return terms == ((latest, 1.0),)
 

@@ -55,6 +55,7 @@ class Region:
 def joins(program: Program) -> frozenset[str]:
     """The nodes at which branches join their streams: the first one behind a branch that also has an input before it."""
     found = set()
+    order = {node: k for k, node in enumerate(program.graph_module.graph.nodes)}
     for block in program.branches:
         ends = []
         for value in block.values:
@@ -64,7 +65,6 @@ def joins(program: Program) -> frozenset[str]:
             if end is not None:
                 ends.append(end)
         if ends:
-            order = {n: k for k, n in enumerate(program.graph_module.graph.nodes)}
             found.add(max(ends, key=order.__getitem__).name)
     return frozenset(found)
 
