@@ -10,7 +10,7 @@ from quality_cells import Evaluation, Row
 
 import fxmask
 from fxmask.candidates import Level, evenly, levels_of
-from fxmask.student import Student
+from fxmask.student import Schedule, Student
 from fxmask.trajectory import Trajectory
 
 
@@ -74,18 +74,24 @@ def rivals(evaluation: Evaluation, training: Sequence[Trajectory]) -> Iterator[t
         timesteps = [int(runs[0].timesteps[round(k * cell.steps / steps)]) for k in range(steps)]
         return evaluation.row([coarse_ddim(model, t, timesteps, cell.eta) for t in runs], cell.steps / steps)
 
+    def schedule(level: Level, ratio: float) -> Schedule | None:
+        found = evenly(teacher, level, 1 / ratio)
+        return found if found is not None and abs(teacher.spent(found) * ratio - 1) <= 0.12 else None
+
     def fixed(level: Level) -> Callable[[float], Row | None]:
         def row(ratio: float) -> Row | None:
-            schedule = evenly(teacher, level, 1 / ratio)
-            if schedule is None or abs(teacher.spent(schedule) * ratio - 1) > 0.12:
+            found = schedule(level, ratio)
+            if found is None:
                 return None
-            return evaluation.of_mask(teacher.mask(schedule, teacher.rollout(schedule).coefficients))
+            return evaluation.of_mask(teacher.mask(found, teacher.rollout(found).coefficients))
 
         return row
 
     def deepest(ratio: float) -> Row | None:
-        found = [fixed(level)(ratio) for level in levels if "stage" in level.name and level.history == 1]
-        return max((row for row in found if row), key=lambda row: row["psnr"], default=None)
+        stages = [level for level in levels if "stage" in level.name and level.history == 1]
+        reachable = {level: schedule(level, ratio) for level in stages}
+        scores = {level: teacher.score(teacher.rollout(found)) for level, found in reachable.items() if found is not None}
+        return fixed(min(scores, key=lambda level: scores[level]))(ratio) if scores else None
 
     def solver(ratio: float) -> Row:
         steps = max(1, round(cell.steps / ratio))
