@@ -27,13 +27,14 @@ def parse_arguments(description: str, output: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", help="name of a pipeline on the hub, or a local folder; default: the shipped digits model")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--speedup", type=float, default=2.0, help="asked-for ratio of MACs")
+    parser.add_argument("--speedup", type=float, default=2.0, help="asked-for ratio of MACs, or of seconds with --cost latency")
     parser.add_argument("--max-graphs", type=int, default=5, help="at most this many step graphs; 0: no limit")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM, 1: stochastic")
     parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} fresh samples to compare")
     parser.add_argument("--repeats", type=int, default=5, help="timed sampling runs of each kind")
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--effort", default="quick", choices=("quick", "default"), help="how long to learn")
+    parser.add_argument("--cost", default="macs", choices=("macs", "latency"), help="what the speed-up is asked for in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(output), help="where to write the picture")
     return parser.parse_args()
@@ -66,6 +67,7 @@ def compare(
         step_kwargs=step_kwargs,
         max_graphs=options.max_graphs or None,
         effort=options.effort,
+        cost=options.cost,
         backend=options.backend,
         seed=options.seed,
     )

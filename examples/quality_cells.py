@@ -21,7 +21,6 @@ from fxmask.trajectory import Trajectory
 
 FAMILIES = ("ddpm", "dit", "ldm", "pixart")
 RATIOS = (1.5, 2.0, 3.0)
-TRAINING_RUNS = 3  # recorded runs to learn from; the last one is held out
 EVALUATION = 128  # images of fresh noise
 
 Row = dict[str, Any]
@@ -85,13 +84,19 @@ class Cell:
         return fxmask.record(self.model, scheduler, steps or self.steps, images, self.conditioning, options, seed)
 
     @property
-    def training_images(self) -> int:
-        """Images in each recorded run: fewer where every image is long and a deterministic sampler makes them alike."""
-        return 8 if self.steps > 20 and not self.eta else 16
+    def training_runs(self) -> tuple[int, int]:
+        """Recorded runs to learn from, the last of them held out, and images in each.
+
+        More where injected noise makes images differ in how hard they are, fewer where each takes long.
+        """
+        if self.eta:
+            return (5, 16) if self.steps <= 20 else (3, 16)
+        return (3, 16) if self.steps <= 20 else (3, 8)
 
     def training(self, seed: int = 0, scheduler: Any = None) -> list[Trajectory]:
         """The recorded runs to learn from."""
-        return [self.record(1_000 * seed + k, self.training_images, scheduler) for k in range(TRAINING_RUNS)]
+        runs, images = self.training_runs
+        return [self.record(1_000 * seed + k, images, scheduler) for k in range(runs)]
 
     @cached_property
     def decode(self) -> Callable[[torch.Tensor], torch.Tensor]:

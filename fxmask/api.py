@@ -44,6 +44,7 @@ def accelerate(
     max_cache_bytes: int | None = None,
     learner: str = "default",
     effort: str = "default",
+    cost: str = "macs",
     checkpoint: str | Path | None = None,
     backend: str = "inductor",
     mode: str | None = None,
@@ -67,6 +68,7 @@ def accelerate(
         max_cache_bytes: at most this many cached bytes at once, per lane, for a batch of ``RECORDED_BATCH``.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
         effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
+        cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it.
         backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
             ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
@@ -114,6 +116,8 @@ def accelerate(
             effort=effort,
             max_cache_bytes=max_cache_bytes,
             checkpoint=checkpoint,
+            cost=cost,
+            backend=backend,
         )
     elif mask.timesteps != first.timesteps:
         raise MaskError(

@@ -32,6 +32,9 @@ MAX_RUN = 3  # longer runs are extrapolated
 PROBES = 2
 MEMORY = 2 << 30  # bytes of recorded block values that may be held at once
 LEVELS = 9  # at most this many levels are tried
+GRAIN = 0.025  # of a step's MACs, to which ``place_mixed`` rounds
+SLACK = 0.02  # of the budget, within which ``place_mixed`` stays
+LONGEST = 12  # formed steps in a row that it may choose
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,61 @@ def place(student: Student, levels: Sequence[tuple[Level, torch.Tensor]], budget
     return Schedule(tuple(loads), history, samples, kind=f"{name}, placed")
 
 
+def place_mixed(student: Student, levels: Sequence[tuple[Level, torch.Tensor]], budget: float) -> Schedule | None:
+    """As ``place``, but the levels of the runs may differ in cost: some steps form more, others less.
+
+    Exact dynamic programming over (position, MACs so far), with the MACs of a run rounded to ``GRAIN`` of a step.
+    """
+    steps, best = student.num_steps, _Table(student.num_steps, budget)
+    for first in range(steps):
+        for length in range(min(steps - first, LONGEST + 1)):
+            for k, (level, runs) in enumerate(levels if length else levels[:1]):
+                cost = 1 + length * student.cost(level.loads)
+                best.offer(first, first + 1 + length, cost, _run_error(runs, first + 1, length), k)
+    found = best.path()
+    if found is None:
+        return None
+    loads: list[frozenset[str]] = [frozenset()] * steps
+    for first, after, k in found:
+        loads[first + 1 : after] = [levels[k][0].loads] * (after - first - 1)
+    history, samples = (max(getattr(level, field) for level, _ in levels) for field in ("history", "samples"))
+    return Schedule(tuple(loads), history, samples, kind=f"{' or '.join(level.name for level, _ in levels)}, mixed")
+
+
+class _Table:
+    """Smallest errors of the steps before each position, by MACs spent so far (in grains)."""
+
+    def __init__(self, steps: int, budget: float) -> None:
+        self.most = int((budget * (1 + SLACK)) * steps / GRAIN)
+        self.least = math.ceil((budget * (1 - SLACK)) * steps / GRAIN)
+        self.errors = torch.full((steps + 1, self.most + 1), math.inf, dtype=torch.float64)
+        self.errors[0, 0] = 0.0
+        self.came = torch.full((steps + 1, self.most + 1, 3), -1, dtype=torch.long)  # first step, grains, level
+
+    def offer(self, first: int, after: int, cost: float, error: float, level: int) -> None:
+        """A way from one position to another; positions must be left in order."""
+        grains = round(cost / GRAIN)
+        if grains > self.most or not math.isfinite(error):
+            return
+        found = self.errors[first, : self.most + 1 - grains] + error
+        better = found < self.errors[after, grains:]
+        self.errors[after, grains:][better] = found[better]
+        self.came[after, grains:][better] = torch.tensor([first, grains, level])
+
+    def path(self) -> list[tuple[int, int, int]] | None:
+        """(first step, position behind, level) of the runs of the best way to the end."""
+        ends = self.errors[-1, self.least :]
+        if not bool(ends.isfinite().any()):
+            return None
+        position, spent = len(self.errors) - 1, self.least + int(ends.argmin())
+        runs = []
+        while position:
+            first, grains, level = self.came[position, spent].tolist()
+            runs.append((first, position, level))
+            position, spent = first, spent - grains
+        return runs
+
+
 def _cheapest(levels: Sequence[tuple[Level, torch.Tensor]], first: int, length: int) -> tuple[float, Level]:
     return min(((_run_error(runs, first, length), level) for level, runs in levels), key=lambda pair: pair[0])
 
@@ -314,7 +372,7 @@ def place_blocks(
         period: if given, every step of that many computes everything, which cleans all values at once.
     """
     steps = student.num_steps
-    share = [student.program.block(name).macs / student.program.macs for name in blocks]
+    share = [1 - student.cost(frozenset([name])) for name in blocks]
     gain = torch.tensor([_run_error(runs, i, 1) if i else 0.0 for i in range(steps)], dtype=torch.float64)
     gain = gain / probes.together.clamp_min(1e-30)
     single = (probes.alone * gain[:, None, None]).sqrt()  # [T, B, A], final error of one value

@@ -27,10 +27,22 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fxmask.candidates import BENDS, Level, Probes, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
+from fxmask.candidates import (
+    BENDS,
+    Level,
+    Probes,
+    evenly,
+    levels_of,
+    measure_probes,
+    measure_runs,
+    place,
+    place_blocks,
+    place_mixed,
+)
 from fxmask.distributed import Group
 from fxmask.errors import InputError, OutcomeError
 from fxmask.journal import Journal
+from fxmask.latency import measure_latency
 from fxmask.mask import Mask, clean_source
 from fxmask.outcome import TOLERANCE, Outcome
 from fxmask.paper import PaperOptions, learn_paper
@@ -42,6 +54,9 @@ from fxmask.trajectory import Trajectory
 logger = logging.getLogger(__name__)
 
 LEARNERS = ("default", "paper")
+COSTS = ("macs", "latency")
+HOPELESS = 8.0  # dB behind the best: not tried any further
+MIXED = 3  # levels that one schedule may have
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ class ParetoPoint:
 
     Attributes:
         mask: the plan's mask.
-        mac_ratio: MACs of the full run over its MACs.
+        mac_ratio: MACs of the full run over its MACs; with ``cost="latency"`` seconds over seconds, as measured by parts.
         error: relative L2 error of the final samples on held-out noise.
         decibels: the same as mean over images, in dB.
         kind: where the schedule came from.
@@ -124,6 +139,8 @@ def learn(
     max_cache_bytes: int | None = None,
     checkpoint: str | Path | None = None,
     options: PaperOptions | None = None,
+    cost: str = "macs",
+    backend: str = "inductor",
 ) -> Mask:
     """Choose the mask, and its forecasts, that meet an outcome with the smallest error of the final samples.
 
@@ -143,6 +160,9 @@ def learn(
         max_cache_bytes: bound of ``Plan.peak_cache_bytes``, at the captured batch size.
         checkpoint: a file that keeps what was measured; the same call goes on from it.
         options: of the paper's learner.
+        cost: what a speed-up is a ratio of: ``"macs"``, or ``"latency"``, seconds measured on this machine
+            (``fxmask.latency``). ``macs=`` is then a fraction of the full run's seconds.
+        backend: what latencies are measured with.
 
     Raises:
         OutcomeError: the outcome is contradictory or out of reach; says what is reachable.
@@ -150,13 +170,16 @@ def learn(
     outcome = Outcome(speedup, macs, max_error)
     _check_choice("learner", learner, LEARNERS)
     _check_choice("effort", effort, tuple(EFFORTS))
+    _check_choice("cost", cost, COSTS)
     if max_graphs is not None and max_graphs < 1:
         raise OutcomeError(f"max_graphs={max_graphs} must be at least 1")
     trajectories = _listed(calls)
     if learner == "paper":
+        if cost != "macs":
+            raise InputError(f"cost={cost!r} is not possible with learner='paper', which counts MACs; use the default learner")
         return learn_paper(program, trajectories[0], outcome, max_graphs, seed, progress, options or PaperOptions())
     limits = Limits(max_graphs, max_cache_bytes)
-    search = Search(program, trajectories, EFFORTS[effort], limits, seed, progress, checkpoint)
+    search = Search(program, trajectories, EFFORTS[effort], limits, seed, progress, checkpoint, cost, backend)
     if outcome.max_error is not None:
         return search.meet_error(outcome.max_error).mask
     return search.best(outcome.budget).mask
@@ -173,15 +196,18 @@ def pareto(
     effort: str = "default",
     max_cache_bytes: int | None = None,
     checkpoint: str | Path | None = None,
+    cost: str = "macs",
+    backend: str = "inductor",
 ) -> tuple[ParetoPoint, ...]:
     """Plans for several speed-ups from one run of learning; what is measured is shared. Arguments as for ``learn``.
 
     ``fxmask.report.draw_pareto(points, axes)`` plots error against MACs.
     """
     _check_choice("effort", effort, tuple(EFFORTS))
+    _check_choice("cost", cost, COSTS)
     wanted = [Outcome(speedup=s) for s in speedups]
     limits = Limits(max_graphs, max_cache_bytes)
-    search = Search(program, _listed(calls), EFFORTS[effort], limits, seed, progress, checkpoint)
+    search = Search(program, _listed(calls), EFFORTS[effort], limits, seed, progress, checkpoint, cost, backend)
     return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
@@ -216,6 +242,8 @@ class Search:
         seed: of local search and of fresh noise.
         progress: show a progress bar.
         checkpoint: file of the journal.
+        cost: what budgets are fractions of, ``"macs"`` or ``"latency"``.
+        backend: what latencies are measured with.
     """
 
     def __init__(
@@ -227,6 +255,8 @@ class Search:
         seed: int,
         progress: bool,
         checkpoint: str | Path | None = None,
+        cost: str = "macs",
+        backend: str = "inductor",
     ) -> None:
         group = Group.current()
         held = len(trajectories) // 4 if len(trajectories) >= 4 else (1 if len(trajectories) > 1 else 0)
@@ -243,21 +273,25 @@ class Search:
         self.effort = effort
         self.limits = limits
         self.samples = 2 if any(t.stochastic for t in trajectories) else 0
+        self.seed = seed
+        self.cost = cost
+        self.journal = Journal(checkpoint, group.agree(self._identity()), group)
+        if cost == "latency":
+            measure = lambda: measure_latency(self.student.program, backend)  # noqa: E731
+            self.student.price_by(group.agree(self.journal.get(f"latency {backend}", measure, self.student)))
         self.branches = [block.name for block in self.student.program.branches]
         self.levels = levels_of(self.student, self.samples)
         if effort.kinds:
             names = list(dict.fromkeys(level.name for level in self.levels))[: effort.kinds]
             self.levels = [level for level in self.levels if level.name in names]
         self._promising = self.levels
-        self.seed = seed
         self.progress = progress
-        self.journal = Journal(checkpoint, group.agree(self._identity()), group)
         self._bar: Any = None
 
     def _identity(self) -> str:
         first = self.student.trajectories[0]
         parts = (self.student.program.fingerprint, first.timesteps, float(first.final.double().sum()), self.seed, self.limits)
-        return repr((*parts, self.effort, self.samples))
+        return repr((*parts, self.effort, self.samples, self.cost))
 
     # One budget
 
@@ -315,9 +349,12 @@ class Search:
         if not self.effort.starts or not ranked:
             return
         if self._promising is self.levels:  # what is hopeless at one budget is not tried at the others
-            good = {c.schedule.kind.removesuffix(", even") for c in ranked if c.score < ranked[0].score + 8}
+            good = {c.schedule.kind.removesuffix(", even") for c in ranked if c.score < ranked[0].score + HOPELESS}
             self._promising = [x for x in self.levels if x.name in good]
+        near = [c for c in ranked if c.score < ranked[0].score + HOPELESS]
         names = list(dict.fromkeys(c.schedule.kind.removesuffix(", even") for c in ranked))[: self.effort.levels]
+        if self.samples:  # levels of different cost may be mixed
+            names = list(dict.fromkeys([*names, *(c.schedule.kind.removesuffix(", even") for c in near)]))[:MIXED]
         measured: list[tuple[Level, torch.Tensor]] = []
         for name in names:
             level = self._level_of(next(c for c in ranked if c.schedule.kind == f"{name}, even"))
@@ -329,6 +366,8 @@ class Search:
                     yield place_blocks(self.student, self._probes, self.branches, runs, budget, period)
         if len(measured) > 1 and max(self.student.cost(level.loads) for level, _ in measured) < 0.1:
             yield place(self.student, measured, budget)
+        for chosen in (measured, measured[:2]) if self.samples and len(measured) > 1 else ():
+            yield place_mixed(self.student, chosen, budget)
 
     def _level_of(self, candidate: Candidate) -> Level:
         name = candidate.schedule.kind.removesuffix(", even")
@@ -442,10 +481,16 @@ class Search:
         """The finalists, and those of few coefficients with these refined, the best first, while units are left."""
         found = list(finalists)
         for candidate in sorted(finalists, key=lambda c: c.score):
+            if len({name for (_, name), terms in candidate.coefficients.items() if len(terms) > 1}) > 3:
+                continue
+            before = self._units
+            candidate = self._blended(candidate)
             schedule, coefficients = candidate.schedule, candidate.coefficients
+            units -= self._units - before
             round_cost = self.student.refinement_cost(schedule, coefficients)
-            rounds = min(self.effort.rounds, int(units / round_cost)) if round_cost else 0
-            if not rounds or len({name for (_, name), terms in coefficients.items() if len(terms) > 1}) > 3:
+            rounds = self.effort.rounds + (1 if self.samples and self.effort.rounds > 1 else 0)
+            rounds = min(rounds, int(units / round_cost)) if round_cost else 0
+            if not rounds:
                 continue
 
             def refine(candidate: Candidate = candidate, rounds: int = rounds) -> Any:
@@ -458,6 +503,20 @@ class Search:
             units -= self._units - before
             found.append(Candidate(schedule, _load(terms), score))
         return found
+
+    def _blended(self, candidate: Candidate) -> Candidate:
+        """With a stochastic sampler, the candidate whose outputs are blended where a step forms some of its blocks.
+
+        Reused blocks do not see the noise that was injected since. What the output lacks for it is, to first order, a
+        multiple of the noise, hence of the sample; with a deterministic sampler there is nothing of the kind.
+        """
+        schedule, output = candidate.schedule, self.student.output
+        computed = any(loads and output not in loads for loads in schedule.loads)
+        if not self.samples or output is None or not self.student.reads_samples(output) or not computed:
+            return candidate
+        blended = self._evaluate(replace(schedule, samples=max(1, schedule.samples), blend=1))
+        kept = {key: terms for key, terms in blended.coefficients.items() if key not in candidate.coefficients}
+        return replace(blended, coefficients={**candidate.coefficients, **kept})
 
     def _point(self, candidate: Candidate, started: float) -> ParetoPoint:
         """The candidate on held-out noise."""
@@ -579,7 +638,7 @@ def _run_length(loads: Sequence[frozenset[str]], i: int) -> int:
 
 def _key(schedule: Schedule) -> str:
     rows = [sorted(loads) for loads in schedule.loads]
-    return repr((rows, schedule.history, schedule.samples))
+    return repr((rows, schedule.history, schedule.samples, schedule.blend))
 
 
 def _dump(coefficients: Coefficients) -> list[Any]:

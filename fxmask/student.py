@@ -47,7 +47,8 @@ class Schedule:
         history: K, how many fresh values a forecast may read.
         samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any,
             the sampler is stochastic, and blocks that cannot read samples are reused as they are.
-        blend: how many earlier outputs a computed output is blended with, besides the noisy samples; 0: it stays as it is.
+        blend: how many earlier outputs the output is blended with, besides the noisy sample, at steps that compute it from
+            formed blocks; 0: it stays as it is.
         kind: where the schedule came from, for reports.
     """
 
@@ -90,7 +91,10 @@ class Student:
 
     Attributes:
         units: work done so far, in full sampling runs of all the trajectories.
+        prices: what each node of the graph costs, by name; ``None``: its multiply-accumulates.
     """
+
+    prices: Mapping[str, float] | None = None
 
     def __init__(self, program: Program, trajectories: Sequence[Trajectory], group: Group | None = None) -> None:
         self.trajectories = list(trajectories)
@@ -111,19 +115,29 @@ class Student:
         self.units = 0.0
         self._graphs: dict[Any, CutGraph] = {}
         self._live: dict[frozenset[str], frozenset[str]] = {}
-        self._costs: dict[frozenset[str], int] = {}
+        self._costs: dict[frozenset[str], float] = {}
 
     # What a schedule costs and means
 
     def cost(self, loads: frozenset[str]) -> float:
-        """Share of the full MACs that a step spends when it forms ``loads``."""
+        """Share of a full step's cost that a step spends when it forms ``loads``."""
         if loads not in self._costs:
-            self._live[loads], self._costs[loads] = live_under(self.program, loads)
-        return self._costs[loads] / max(1, self.program.macs)
+            self._live[loads], self._costs[loads] = live_under(self.program, loads, self.prices)
+        return self._costs[loads] / self._full
+
+    @functools.cached_property
+    def _full(self) -> float:
+        return live_under(self.program, frozenset(), self.prices)[1] or 1.0
 
     def spent(self, schedule: Schedule) -> float:
-        """Share of the full run's MACs that a schedule spends."""
+        """Share of the full run's cost that a schedule spends."""
         return sum(self.cost(loads) for loads in schedule.loads) / self.num_steps
+
+    def price_by(self, prices: Mapping[str, float]) -> None:
+        """From now on nodes cost this much."""
+        self.prices = prices
+        self._costs.clear()
+        self.__dict__.pop("_full", None)
 
     def fresh(self, loads: frozenset[str]) -> frozenset[str]:
         """Blocks that a step with these loads computes."""
@@ -132,16 +146,14 @@ class Student:
 
     def sources(self, schedule: Schedule, step: int, block: str) -> list[Source]:
         """What a forecast of ``block`` may read at ``step``, or a blend of it, the latest first."""
-        reads = self.reads_samples(block)
-        blends = block in self.fresh(schedule.loads[step])
-        history = 1 if schedule.samples and not reads else schedule.history
-        history = schedule.blend if blends else history
-        steps = [j for j in reversed(range(step)) if block in self.fresh(schedule.loads[j])][:history]
-        sources: list[Source] = [step, *steps] if blends else list(steps)
-        if schedule.samples and reads and (step or not blends):
-            at = (step, step - 1, step - 2) if schedule.blend else (step, *steps)
-            sources += [(INPUT, j) for j in at[: schedule.samples] if j >= 0]
-        return sources
+        earlier = [j for j in reversed(range(step)) if block in self.fresh(schedule.loads[j])]
+        reads = bool(schedule.samples) and self.reads_samples(block)
+        if block in self.fresh(schedule.loads[step]):  # a blend
+            if not schedule.loads[step]:
+                return [step]
+            return [step, *earlier[: schedule.blend], *([(INPUT, step)] if reads else [])]
+        steps = earlier[: 1 if schedule.samples and not reads else schedule.history]
+        return [*steps, *((INPUT, j) for j in (step, *steps)[: schedule.samples if reads else 0])]
 
     @functools.cached_property
     def output(self) -> str | None:
@@ -249,29 +261,36 @@ class Student:
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
                 cache[Slot(block, i, step)] = value
             results.append(produced[0])
-        blended = self.output
-        if blended is not None and blended in stored and schedule.blend:
-            if (step, blended) not in used:
-                used[step, blended] = self._fit_blend(schedule, step, inputs, caches)
-            terms = used[step, blended]
-            if len(terms) > 1:
-                slot = Slot(blended, 0, step)
-                results = [_formed(blended, 0, terms, cache) for cache in caches]
-                for cache, result in zip(caches, results, strict=True):
-                    cache[slot] = result
-        return results
+        return self._blended(schedule, step, inputs, caches, used) if schedule.blend and self.output in stored else results
+
+    def _blended(
+        self,
+        schedule: Schedule,
+        step: int,
+        inputs: Sequence[list[torch.Tensor]],
+        caches: Sequence[Cache],
+        used: dict[tuple[int, str], Terms],
+    ) -> list[torch.Tensor]:
+        """The outputs that a step has just computed, blended with earlier ones; they take their place in the caches."""
+        block = self.output
+        assert block is not None
+        if (step, block) not in used:
+            used[step, block] = self._fit_blend(schedule, step, block, inputs, caches)
+        for cache in caches:
+            cache[Slot(block, 0, step)] = _formed(block, 0, used[step, block], cache)
+        return [cache[Slot(block, 0, step)] for cache in caches]
 
     def _cached(self, schedule: Schedule) -> frozenset[str]:
         """Blocks whose computed values may be read later."""
         return schedule.formed | {self.output} if schedule.blend and self.output else schedule.formed
 
-    def _fit_blend(self, schedule: Schedule, step: int, inputs: Sequence[list[torch.Tensor]], caches: Sequence[Cache]) -> Terms:
+    def _fit_blend(
+        self, schedule: Schedule, step: int, block: str, inputs: Sequence[list[torch.Tensor]], caches: Sequence[Cache]
+    ) -> Terms:
         """How the output that a step has just computed is blended: what comes nearest to the full network's."""
-        block = self.output
-        assert block is not None
         sources = self.sources(schedule, step, block)
-        if not schedule.loads[step]:
-            return ((sources[0], 1.0), *((source, 0.0) for source in sources[1:]))
+        if len(sources) == 1:
+            return ((step, 1.0),)
         graph = self._graph(frozenset(), ())
         moments = []
         self.count(graph.macs)

@@ -131,10 +131,19 @@ class CutGraph:
         return results
 
 
-def live_under(program: Program, loads: frozenset[str]) -> tuple[frozenset[str], int]:
-    """The blocks that a step still computes when it is given the blocks ``loads``, and its multiply-accumulates."""
-    live, _, macs = _live_without(program, loads)
-    return frozenset(b.name for b in program.blocks if b.name not in loads and live.issuperset(b.values)), macs
+def live_under(
+    program: Program, loads: frozenset[str], prices: Mapping[str, float] | None = None
+) -> tuple[frozenset[str], float]:
+    """The blocks that a step still computes when it is given the blocks ``loads``, and what it costs.
+
+    Args:
+        program: the captured denoiser.
+        loads: names of blocks.
+        prices: of the nodes, by name; multiply-accumulates if not given.
+    """
+    live, _, cost = _live_without(program, loads)
+    blocks = frozenset(b.name for b in program.blocks if b.name not in loads and live.issuperset(b.values))
+    return blocks, cost if prices is None else sum(prices[name] for name in live)
 
 
 def cut_graph(program: Program, loads: frozenset[str], emit: Sequence[str]) -> CutGraph:

@@ -361,3 +361,102 @@ def test_metrics():
     assert psnr(a, b)[0] == float("inf")
     assert float(psnr(a, b)[1]) == pytest.approx(20.0, abs=1e-4)
     assert relative_error(a, b) == pytest.approx(1.0)
+
+
+def test_a_speedup_in_latency_is_met_in_latency(dit, monkeypatch):
+    """Prices of nodes are what is spent: here attention takes nearly all of the time."""
+    program, runs = dit
+    nodes = program.graph_module.graph.nodes
+    prices = {n.name: 100.0 if "scaled_dot_product" in n.name else float(n.op == "call_function") for n in nodes}
+    monkeypatch.setattr("fxmask.learning.measure_latency", lambda *_: prices)
+    mask = fxmask.learn(program, runs, speedup=2.0, cost="latency", backend="eager")
+    student = Student(program, runs)
+    by_macs = sum(student.cost(loads_of(mask, i)) for i in range(8)) / 8
+    student.price_by(prices)
+    assert sum(student.cost(loads_of(mask, i)) for i in range(8)) / 8 == pytest.approx(0.5, rel=0.03)
+    student.price_by({name: 2 * price for name, price in prices.items()})
+    assert sum(student.cost(loads_of(mask, i)) for i in range(8)) / 8 == pytest.approx(0.5, rel=0.03), "only ratios count"
+    assert by_macs == pytest.approx(1 / fxmask.rectify(program, mask).mac_ratio)
+    with pytest.raises(InputError, match="counts MACs"):
+        fxmask.learn(program, runs, learner="paper", cost="latency")
+    with pytest.raises(InputError, match="cost='seconds' is unknown"):
+        fxmask.pareto(program, runs, cost="seconds")
+
+
+def loads_of(mask, step):
+    return frozenset(name for b, name in enumerate(mask.blocks) if not mask.compute[step, b])
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_latency_of_every_node(unet, backend):
+    from fxmask.latency import measure_latency
+
+    program, _ = unet
+    prices = measure_latency(program, backend, repeats=2)
+    assert set(prices) == {node.name for node in program.graph_module.graph.nodes}
+    assert all(price >= 0 for price in prices.values())
+    convolutions = [prices[n.name] for n in program.graph_module.graph.nodes if "conv2d" in str(n.target)]
+    assert min(convolutions) > 0
+    assert all(prices[n.name] == 0 for n in program.graph_module.graph.nodes if n.op in ("placeholder", "output", "get_attr"))
+
+
+def test_an_output_of_reused_blocks_is_blended_with_a_stochastic_sampler(unet):
+    """What the student scores with a blend is what runs, refining it helps, and with a deterministic sampler there is none."""
+    program, runs = unet
+    search = Search(program, runs, EFFORTS["default"], Limits(), 0, False)
+    student = search.student
+    level = next(x for x in search.levels if x.name == "branches" and x.history == 1)
+    schedule = evenly(student, level, 0.6)
+    plain = search._evaluate(schedule)
+    blended = search._blended(plain)
+    assert blended.schedule.blend == 1
+    terms = {step: terms for (step, name), terms in blended.coefficients.items() if name == student.output}
+    assert [len(terms[i]) for i in range(8)] == [3 if loads else 1 for loads in schedule.loads]
+    refined, score = student.refine(blended.schedule, blended.coefficients, 1)
+    assert score < plain.score
+    mask = student.mask(blended.schedule, refined)
+    step = next(i for i, loads in enumerate(schedule.loads) if loads)
+    assert mask.blends(step, student.output)
+    assert not mask.blends(0, student.output)
+    plan = fxmask.rectify(program, mask)
+    assert 1 / plan.mac_ratio == pytest.approx(student.spent(schedule), rel=1e-9)
+    final = runs[0].rollout(fxmask.compile(program, plan, "eager"))
+    rolled = student.rollout(blended.schedule, refined)
+    assert torch.allclose(final, rolled.finals[0], rtol=1e-3, atol=1e-4)
+    held = search._evaluate(evenly(student, next(x for x in search.levels if x.name == "output"), 0.6))
+    assert search._blended(held) == held, "an output that is formed is blended already"
+
+
+def test_levels_of_different_cost_are_mixed_optimally(unet):
+    """Against every schedule of six steps: the error of runs is smallest among those that spend as much."""
+    import itertools
+
+    from fxmask.candidates import SLACK, _run_error, place_mixed
+
+    program, runs = unet
+    student = Student(program, runs[:1])
+    levels = [x for x in levels_of(student, 0) if x.history == 1]
+    levels = [levels[0], max(levels, key=lambda x: student.cost(x.loads))]
+    generator = torch.Generator().manual_seed(0)
+    tables = [torch.rand(8, 3, generator=generator, dtype=torch.float64).cumsum(1) * scale for scale in (3.0, 1.0)]
+    measured = list(zip(levels, tables, strict=True))
+    found = place_mixed(student, measured, 0.6)
+
+    def error(loads):
+        full = [i for i, row in enumerate(loads) if not row]
+        total = 0.0
+        for a, b in itertools.pairwise((*full, 8)):
+            if len(set(loads[a + 1 : b])) > 1:
+                return float("inf")
+            table = next((t for level, t in measured if b > a + 1 and loads[a + 1] == level.loads), tables[0])
+            total += _run_error(table, a + 1, b - a - 1)
+        return total
+
+    best = float("inf")
+    for rest in itertools.product((frozenset(), levels[0].loads, levels[1].loads), repeat=7):
+        spent = sum(map(student.cost, (frozenset(), *rest))) / 8
+        if abs(spent / 0.6 - 1) < SLACK - 0.01:
+            best = min(best, error((frozenset(), *rest)))
+    assert error(found.loads) <= best + 1e-9
+    assert student.spent(found) == pytest.approx(0.6, rel=SLACK + 0.02)
+    assert {frozenset(), *found.loads} <= {frozenset(), levels[0].loads, levels[1].loads}

@@ -1,0 +1,119 @@
+"""How long each part of a denoiser takes on this machine, as prices of graph nodes: what ``cost="latency"`` spends.
+
+MACs say how fast a plan could be; a convolution at high resolution and a matrix product of as many MACs take different
+times. The graph is cut where branches join their streams, each distinct part is compiled as the backend will compile it and
+timed on real values, and the time of a part is divided among its nodes in proportion to what each takes on its own. A step
+then costs the sum over its live nodes, as with MACs, so that liveness prices every set of blocks.
+"""
+
+from __future__ import annotations
+
+import operator
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmask.backends import get_backend
+from fxmask.backends.inductor import Compiled, can_compile
+from fxmask.passes.split_regions import Region, build_regions, is_view, joins
+from fxmask.program import Program
+
+REPEATS = 7
+
+
+@torch.no_grad()
+def measure_latency(program: Program, backend: str = "inductor", repeats: int = REPEATS) -> dict[str, float]:
+    """Seconds of every node of a program's graph, at the captured shapes, by node name.
+
+    Args:
+        program: the captured denoiser, with weights.
+        backend: ``"eager"``, or any other: parts are compiled by Inductor. CUDA graphs save launches besides, which all
+            parts pay alike.
+        repeats: each part is timed in so many sweeps over the graph; medians count.
+
+    Raises:
+        CaptureError: the program was captured without weights.
+        BackendError: unknown backend.
+    """
+    program.require_verified()
+    get_backend(backend)
+    module = program.graph_module
+    regions, segments = _parts(program)
+    values: dict[str, Any] = dict(zip(_placeholders(module), program.example.tensors.values(), strict=True))
+    for node in module.graph.find_nodes(op="get_attr"):
+        values[node.name] = operator.attrgetter(str(node.target))(module)
+    compiles = backend != "eager" and can_compile(module)
+    runs: dict[str, Callable[..., Any]] = {}
+    for region in regions:
+        runs.setdefault(region.key, Compiled(region.graph_module, ()) if compiles else region.graph_module)
+    alone = _alone(module, values)
+    taken: dict[str, list[float]] = {key: [] for key in runs}
+    for sweep in range(repeats + 1):  # the first one compiles
+        held = dict(values)
+        for region in regions:
+            arguments = [held[name] for name in region.inputs]
+            seconds, results = _timed(lambda region=region, arguments=arguments: runs[region.key](*arguments))  # type: ignore[misc]
+            if sweep:
+                taken[region.key].append(seconds)
+            held.update(zip(region.outputs, results, strict=True))
+    prices = dict.fromkeys((node.name for node in module.graph.nodes), 0.0)
+    for region, segment in zip(regions, segments, strict=True):
+        total = sum(alone[node] for node in segment)
+        for node in segment:
+            prices[node.name] = statistics.median(taken[region.key]) * (alone[node] / total if total else 1 / len(segment))
+    return prices
+
+
+def _parts(program: Program) -> tuple[list[Region], list[list[fx.Node]]]:
+    """The regions of the whole graph, and the nodes of each. Those that hand nothing on are left out."""
+    ends = joins(program)
+    segments: list[list[fx.Node]] = [[]]
+    for node in program.graph_module.graph.nodes:
+        if node.op == "call_function":
+            segments[-1].append(node)
+            if node.name in ends:
+                segments.append([])
+    home = {node.name: k for k, segment in enumerate(segments) for node in segment}
+    regions = build_regions(program.graph_module, [tuple(s) for s in segments if s])
+    return regions, [segments[home[region.outputs[0]]] for region in regions]
+
+
+def _placeholders(module: fx.GraphModule) -> list[str]:
+    return [node.name for node in module.graph.find_nodes(op="placeholder")]
+
+
+def _alone(module: fx.GraphModule, values: Mapping[str, Any], sweeps: int = 3) -> dict[fx.Node, float]:
+    """Seconds of each node run as an operator of its own; views are free."""
+    taken: dict[fx.Node, list[float]] = {}
+    for _ in range(sweeps):
+        held = dict(values)
+        for node in module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: held[n.name])
+            seconds, held[node.name] = _timed(lambda node=node, args=args, kwargs=kwargs: node.target(*args, **kwargs))
+            taken.setdefault(node, []).append(0.0 if is_view(node) else seconds)
+            for given in node.all_input_nodes:
+                if next(reversed(given.users)) is node and given.op == "call_function":
+                    held.pop(given.name, None)
+    return {node: statistics.median(seconds) for node, seconds in taken.items()}
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    _synchronize()
+    started = time.perf_counter()
+    result = run()
+    _synchronize()
+    return time.perf_counter() - started, result
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+__all__: Sequence[str] = ["measure_latency"]
