@@ -31,7 +31,7 @@ from quality_cells import (
     columns,
     searching,
 )
-from quality_converged import CONVERGED, compare_with_converged, measure_solver
+from quality_converged import CONVERGED, CONVERGED_IMAGES, compare_with_converged, measure_solver
 from quality_fid import fid_table, measure_fid
 from quality_rivals import coarse_ddim, rivals
 from quality_seeds import measure_seeds, seeds_table
@@ -138,13 +138,14 @@ USUAL = ("fxmask", "fxmask quick", "fewer steps, scheduler's grid", "whole outpu
 INTRODUCTION = f"""# Quality at equal MACs
 
 Made by `python examples/quality.py`. {EVALUATION} samples per row, noise that learning has not seen, PSNR per image in dB
-against the same sampler with the same noise: mean and 10th percentile. *Converged*: mean PSNR against {CONVERGED:,}
-deterministic steps from the same noise, the only column in which plans on DDIM and plans on DPM-Solver++ can be compared.
-*Classes*: share of samples that the shipped classifier puts in the class of the full sampler's. *Units*: learning, in full
-sampling runs of the images that are learned from: 32, but 16 with 50 deterministic steps and 64 with 20 stochastic ones; the
-ratios of a cell share what is measured, 2x comes first and pays for it. *Graphs*: distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same images
-as fxmask's. Denoisers are sampled without guidance; `ldm` and `pixart` are compared after decoding. With the stochastic sampler
-(DDIM, eta = 1) fewer steps get the variance-weighted sum of the full sampler's noise.
+against the same sampler with the same noise: mean and 10th percentile. *Converged*: mean PSNR of the first
+{CONVERGED_IMAGES} against {CONVERGED:,} deterministic steps from the same noise, the only column in which plans on DDIM
+and plans on DPM-Solver++ can be compared. *Classes*: share of samples that the shipped classifier puts in the class of the full
+sampler's. *Units*: learning, in full sampling runs of the images that are learned from: 32, but 16 with 50 deterministic steps
+and 64 with 20 stochastic ones; the ratios of a cell share what is measured, 2x comes first and pays for it. *Graphs*: distinct
+step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without guidance;
+`ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the
+variance-weighted sum of the full sampler's noise.
 """
 
 

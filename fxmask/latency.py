@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,8 +55,7 @@ def measure_latency(program: Program, backend: str = "inductor", repeats: int = 
     for sweep in range(repeats + 1):  # the first one compiles
         held = dict(values)
         for region in regions:
-            arguments = [held[name] for name in region.inputs]
-            seconds, results = _timed(lambda region=region, arguments=arguments: runs[region.key](*arguments))  # type: ignore[misc]
+            seconds, results = _timed(runs[region.key], *(held[name] for name in region.inputs))
             if sweep:
                 taken[region.key].append(seconds)
             held.update(zip(region.outputs, results, strict=True))
@@ -86,27 +85,34 @@ def _placeholders(module: fx.GraphModule) -> list[str]:
     return [node.name for node in module.graph.find_nodes(op="placeholder")]
 
 
-def _alone(module: fx.GraphModule, values: Mapping[str, Any], sweeps: int = 3) -> dict[fx.Node, float]:
+def _alone(module: fx.GraphModule, values: Mapping[str, Any]) -> dict[fx.Node, float]:
     """Seconds of each node run as an operator of its own; views are free."""
-    taken: dict[fx.Node, list[float]] = {}
-    for _ in range(sweeps):
-        held = dict(values)
-        for node in module.graph.nodes:
-            if node.op != "call_function":
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: held[n.name])
-            seconds, held[node.name] = _timed(lambda node=node, args=args, kwargs=kwargs: node.target(*args, **kwargs))
-            taken.setdefault(node, []).append(0.0 if is_view(node) else seconds)
-            for given in node.all_input_nodes:
-                if next(reversed(given.users)) is node and given.op == "call_function":
-                    held.pop(given.name, None)
-    return {node: statistics.median(seconds) for node, seconds in taken.items()}
+    sweeps = [_Sweep(module) for _ in range(3)]
+    for sweep in sweeps:
+        sweep.run(*(values[name] for name in _placeholders(module)))
+    return {node: statistics.median(sweep.seconds[node] for sweep in sweeps) for node in sweeps[0].seconds}
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+class _Sweep(fx.Interpreter):
+    """Runs a graph operator by operator and keeps the seconds of each."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.seconds: dict[fx.Node, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        seconds, result = _timed(super().run_node, n)
+        self.seconds[n] = 0.0 if is_view(n) else seconds
+        return result
+
+
+def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     _synchronize()
     started = time.perf_counter()
-    result = run()
+    result = run(*arguments)
     _synchronize()
     return time.perf_counter() - started, result
 
@@ -114,6 +120,3 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-__all__: Sequence[str] = ["measure_latency"]
