@@ -8,7 +8,7 @@ The seam: ``learn(program, calls, outcome) -> Mask``. Nothing outside this modul
        a mask each (``candidates``)
     3. local search: neighbours of the best schedules, each judged on a rollout
     4. coefficients are refined against the final samples (``Student.refine``)
-    5. the best few are compared on noise that none of this has seen; that decides
+    5. the best few are compared on noise that none of this has seen; that decides, and a last step of refinement uses it
 
 The work is counted in full sampling runs of the recorded trajectories (``effort``). Every measurement goes through a
 journal, so that an interrupted run resumes where it was and several outcomes (``pareto``) share what is measured.
@@ -291,7 +291,7 @@ class Search:
     def _identity(self) -> str:
         first = self.student.trajectories[0]
         parts = (self.student.program.fingerprint, first.timesteps, float(first.final.double().sum()), self.seed, self.limits)
-        return repr((*parts, self.effort, self.samples, self.cost))
+        return repr((*parts, self.effort, self.samples)) + ("" if self.cost == "macs" else self.cost)
 
     # One budget
 
@@ -322,10 +322,45 @@ class Search:
             )
         judged = [(c, self._point(c, started)) for c in finalists]
         # All images count: which images are hard differs more between batches than plans of nearly equal quality do.
-        share = self.judge.images / (self.judge.images + self.student.images)
-        _, chosen = min(judged, key=lambda pair: (1 - share) * pair[0].score + share * pair[1].decibels)
+        best, chosen = min(judged, key=lambda pair: self._of_all(pair[0].score, pair[1].decibels))
         self._compare_with_fewer_steps(chosen, budget)
-        return replace(chosen, units=self._units - started)
+        coefficients = best.coefficients
+        try:
+            coefficients = self._refitted(best, chosen.decibels)
+        except KeyboardInterrupt:
+            logger.warning("learning was interrupted before its last step of refinement")
+        return replace(chosen, mask=self.student.mask(best.schedule, coefficients), units=self._units - started)
+
+    def _of_all(self, score: float, judged: float) -> float:
+        """Mean over the images that were learned from and those that were held out."""
+        return (1 - self._held) * score + self._held * judged
+
+    @property
+    def _held(self) -> float:
+        return self.judge.images / (self.judge.images + self.student.images)
+
+    def _refitted(self, candidate: Candidate, judged: float) -> Coefficients:
+        """The coefficients after a last Gauss-Newton step on the held-out noise, kept if all images are better for it.
+
+        The step is as long as the share of the held-out images: the others have had theirs, and both have about the same
+        second derivatives, so that this is the step for all images together.
+        """
+        schedule, coefficients = candidate.schedule, candidate.coefficients
+        if self.effort.rounds < 2 or not _is_refinable(coefficients):
+            return coefficients
+
+        def refit() -> Any:
+            refined, score = self.judge.refine(schedule, coefficients, 1, self._tick, length=self._held)
+            return [score, _dump(refined)]
+
+        def check() -> float:
+            return self.student.score(self.student.rollout(schedule, refitted))
+
+        key = f"{_key(schedule)} {sorted(map(repr, coefficients.items()))}"
+        score, terms = self.student.group.agree(self.journal.get(f"refit {key}", refit, self.judge))
+        refitted = _load(terms)
+        again = self.student.group.agree(self.journal.get(f"check refit {key}", check, self.student))
+        return refitted if self._of_all(again, score) < self._of_all(candidate.score, judged) else coefficients
 
     def _check_reachable(self, budget: float) -> None:
         least = min((self.student.cost(level.loads) for level in self.levels), default=1.0)
@@ -481,7 +516,7 @@ class Search:
         """The finalists, and those of few coefficients with these refined, the best first, while units are left."""
         found = list(finalists)
         for candidate in sorted(finalists, key=lambda c: c.score):
-            if len({name for (_, name), terms in candidate.coefficients.items() if len(terms) > 1}) > 3:
+            if not _is_refinable(candidate.coefficients):
                 continue
             before = self._units
             candidate = self._blended(candidate)
@@ -581,7 +616,8 @@ class Search:
 
     @property
     def _units(self) -> float:
-        return self.student.units + self.judge.units + self.journal.replayed
+        judged = self.judge.units * self.judge.images / self.student.images
+        return self.student.units + judged + self.journal.replayed
 
     def _shown(self, title: str) -> Any:
         self._bar = tqdm(total=None, desc=title, unit="rollout", disable=not self.progress)
@@ -600,6 +636,11 @@ class Search:
                 kind=best.schedule.kind,
                 refresh=False,
             )
+
+
+def _is_refinable(coefficients: Coefficients) -> bool:
+    """Whether few blocks are forecast, so that there are few degrees of freedom for the cost of a step of each."""
+    return len({name for (_, name), terms in coefficients.items() if len(terms) > 1}) <= 3
 
 
 def _is_met(budget: float, spent: float) -> bool:
@@ -638,7 +679,8 @@ def _run_length(loads: Sequence[frozenset[str]], i: int) -> int:
 
 def _key(schedule: Schedule) -> str:
     rows = [sorted(loads) for loads in schedule.loads]
-    return repr((rows, schedule.history, schedule.samples, schedule.blend))
+    blend = f", blended with {schedule.blend}" if schedule.blend else ""
+    return repr((rows, schedule.history, schedule.samples)) + blend
 
 
 def _dump(coefficients: Coefficients) -> list[Any]:

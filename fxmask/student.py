@@ -391,12 +391,18 @@ class Student:
     # Refinement
 
     def refine(
-        self, schedule: Schedule, coefficients: Coefficients, rounds: int = 2, bar: Callable[[], None] = lambda: None
+        self,
+        schedule: Schedule,
+        coefficients: Coefficients,
+        rounds: int = 2,
+        bar: Callable[[], None] = lambda: None,
+        length: float = 1.0,
     ) -> tuple[dict[tuple[int, str], Terms], float]:
         """Coefficients with a smaller error of the final samples, and its score; never worse than the given ones.
 
         Gauss-Newton on the images' errors, each image weighted by how small its error is already, as the mean PSNR is.
-        Where a step forms many blocks, one coefficient per source is shared by all of them.
+        Where a step forms many blocks, one coefficient per source is shared by all of them. A step of each round is
+        ``length`` of the one that is best to first order.
         """
         base = self.rollout(schedule, coefficients, keep=True)
         best, score = dict(base.coefficients), self.score(base)
@@ -424,7 +430,7 @@ class Student:
                 move = torch.linalg.solve(matrix, -normal[:-1, -1])
                 trial = dict(best)
                 for (step, names, k), amount in zip(directions, move.tolist(), strict=True):
-                    trial = _moved(trial, step, names, k, amount)
+                    trial = _moved(trial, step, names, k, length * amount)
                 rolled = self.rollout(schedule, trial, keep=True)
                 trials.append((self.score(rolled), trial, rolled))
             found, trial, rolled = min(trials, key=lambda t: t[0])

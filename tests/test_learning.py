@@ -460,3 +460,26 @@ def test_levels_of_different_cost_are_mixed_optimally(unet):
     assert error(found.loads) <= best + 1e-9
     assert student.spent(found) == pytest.approx(0.6, rel=SLACK + 0.02)
     assert {frozenset(), *found.loads} <= {frozenset(), levels[0].loads, levels[1].loads}
+
+
+def test_the_last_refit_is_kept_only_if_all_images_are_better_for_it(dit, monkeypatch):
+    program, runs = dit
+    monkeypatch.setitem(EFFORTS, "default", Effort(units=60, kinds=2, starts=0, levels=0, search=0.0, rounds=2, finalists=1))
+    search = Search(program, runs, EFFORTS["default"], Limits(), 0, False)
+    point = search.best(0.5)
+    schedule = evenly(search.student, next(x for x in search.levels if x.name == "output" and x.history == 3), 0.5)
+    candidate = search._evaluate(schedule)
+    judged = search._point(candidate, 0.0).decibels
+    refitted = search._refitted(candidate, judged)
+    assert refitted != candidate.coefficients
+    scores = [
+        search._of_all(
+            search.student.score(search.student.rollout(schedule, c)), search.judge.score(search.judge.rollout(schedule, c))
+        )
+        for c in (candidate.coefficients, refitted)
+    ]
+    assert scores[1] < scores[0]
+    monkeypatch.setattr(Student, "refine", lambda *_, **__: ({k: ((k[0] - 1, 9.0),) for k in candidate.coefficients}, 99.0))
+    other = Search(program, runs, EFFORTS["default"], Limits(), 0, False)
+    assert other._refitted(candidate, judged) == candidate.coefficients
+    assert point.mac_ratio == pytest.approx(2, rel=0.03)
