@@ -46,7 +46,7 @@ PARTS = {
     "seeds": "the spread over learning seeds (DDPM and DiT, 20 deterministic steps)",
     "fid": "FID on classifier features (the same cells)",
     "tables": "the form of the paper's Tables 4 and 5 (DDPM, 20 deterministic steps)",
-    "converged": "everything deterministic against 1,000 steps",
+    "converged": "everything against 1,000 steps",
 }
 
 
@@ -94,6 +94,7 @@ def run(cell: Cell, folder: Path, parts: list[str], paper: bool) -> None:
         "seeds": (closer, measure_seeds),
         "fid": (closer, measure_fid),
         "tables": (closer and paper and cell.family == "ddpm", measure_ablations),
+        "converged": (True, compare_with_converged),
     }
     for part, (applies, measure) in steps.items():
         if part in parts and applies:
@@ -109,7 +110,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help=_describe())
     parser.add_argument("--folder", type=Path, default=Path("build/quality"))
     parser.add_argument("--no-paper", action="store_true", help="leave the paper's learner out")
-    parser.add_argument("--converged", action="store_true", help="also compare with 1,000 steps, whatever --parts says")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quality.md")
     options = parser.parse_args()
@@ -124,8 +124,6 @@ def main() -> None:
             for sampler in options.samplers:
                 cell = Cell(family, steps, float(sampler == "stochastic"))
                 run(cell, options.folder, parts, not options.no_paper)
-    for family in options.families if options.converged or "converged" in parts else ():
-        compare_with_converged(family, options.folder)
     write_table(options.folder, options.output)
     shipped.mkdir(parents=True, exist_ok=True)
     for path in options.folder.glob("*.json"):
@@ -139,13 +137,13 @@ INTRODUCTION = f"""# Quality at equal MACs
 
 Made by `python examples/quality.py`. {EVALUATION} samples per row, noise that learning has not seen, PSNR per image in dB
 against the same sampler with the same noise: mean and 10th percentile. *Converged*: mean PSNR of the first
-{CONVERGED_IMAGES} against {CONVERGED:,} deterministic steps from the same noise, the only column in which plans on DDIM
-and plans on DPM-Solver++ can be compared. *Classes*: share of samples that the shipped classifier puts in the class of the full
-sampler's. *Units*: learning, in full sampling runs of the images that are learned from: 32, but 16 with 50 deterministic steps
-and 64 with 20 stochastic ones; the ratios of a cell share what is measured, 2x comes first and pays for it. *Graphs*: distinct
-step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without guidance;
-`ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the
-variance-weighted sum of the full sampler's noise.
+{CONVERGED_IMAGES} against {CONVERGED:,} steps from the same noise (with the stochastic sampler, a Brownian bridge of it); the
+only column in which plans on DDIM and plans on DPM-Solver++ can be compared. *Classes*: share of samples that the shipped
+classifier puts in the class of the full sampler's. *Units*: learning, in full sampling runs of the images that are learned
+from: 32, but 16 with 50 deterministic steps and 64 with 20 stochastic ones; the ratios of a cell share what is measured, 2x
+comes first and pays for it. *Graphs*: distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as
+fxmask's. Denoisers are sampled without guidance; `ldm` and `pixart` are compared after decoding. With the stochastic sampler
+(DDIM, eta = 1) fewer steps get the variance-weighted sum of the full sampler's noise.
 """
 
 

@@ -5,13 +5,16 @@ Two solvers with as many steps end at different images, so that neither can be t
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
 import torch
 from quality_cells import RATIOS, Cell, Evaluation, Results, searching
+from quality_rivals import coarse_ddim, noise_weights
 
 from fxmask.metrics import psnr
+from fxmask.trajectory import Trajectory
 
 CONVERGED = 1000
 CONVERGED_IMAGES = 64  # the first of a row's; 1,000 steps take long
@@ -34,27 +37,59 @@ def measure_solver(cell: Cell, folder: Path) -> None:
         results.put(f"{label} {ratio}", evaluation.of_mask(point.mask, own=False, units=point.units, kind=point.kind))
 
 
-def compare_with_converged(family: str, folder: Path) -> None:
-    """PSNR of the kept images against 1,000 deterministic steps from the same noise, for every deterministic cell."""
-    path = folder / f"converged-{family}.pt"
-    cell = Cell(family, 20, 0.0)
+def bridge(run: Trajectory, eta: float, generator: torch.Generator) -> tuple[list[int], list[torch.Tensor]]:
+    """Every timestep that a recorded run passes, and noises for them whose sums are the noises that the run drew.
+
+    Given the sum ``Z = sum(w_s z_s)`` with ``|w| = 1``, ``z_s = e_s + w_s (Z - sum(w e))`` with independent normal ``e`` are
+    independent and normal: a Brownian bridge, step by step.
+    """
+    timesteps: list[int] = []
+    noises: list[torch.Tensor] = []
+    for i, (t, after) in enumerate(itertools.pairwise([*(int(t) for t in run.timesteps), -1])):
+        inside = list(range(t, after, -1))
+        drawn = torch.randn(len(inside), *run.initial_noise.shape, generator=generator)
+        if eta and run.noises[i]:
+            weights = noise_weights(run.scheduler, [*inside, after], eta).to(drawn)
+            lacking = run.noises[i][0] - torch.tensordot(weights, drawn, 1)
+            drawn = drawn + weights.reshape(-1, *[1] * lacking.dim()) * lacking
+        timesteps += inside
+        noises += list(drawn)
+    return timesteps, noises
+
+
+def _stochastic(cell: Cell, run: Trajectory, generator: torch.Generator) -> torch.Tensor:
+    timesteps, noises = bridge(run, cell.eta, generator)
+    return coarse_ddim(cell.model, run, timesteps, cell.eta, noises)
+
+
+def converged_images(cell: Cell, folder: Path) -> torch.Tensor:
+    """The first images of a cell's fresh noise with 1,000 steps. Deterministic cells of one family share them."""
+    path = folder / (f"converged-{cell.name}.pt" if cell.eta else f"converged-{cell.family}.pt")
     if not path.exists():
         evaluation = Evaluation(cell)
-        steps = CONVERGED - evaluation.runs[0].scheduler.config.steps_offset  # it would lead beyond the last timestep
-        finals = []
         runs = evaluation.runs[: CONVERGED_IMAGES // evaluation.runs[0].batch_size]
+        generator = torch.Generator().manual_seed(0)
+        finals = []
         for run in runs:
-            finals.append(run.with_steps(cell.model, steps).final)
+            if cell.eta:
+                finals.append(_stochastic(cell, run, generator))
+            else:  # less the offset, which would lead beyond the last timestep
+                finals.append(run.with_steps(cell.model, CONVERGED - run.scheduler.config.steps_offset).final)
             print(f"{path.stem}: {len(finals)} of {len(runs)} runs", flush=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         torch.save(cell.decode(torch.cat(finals)), partial)
         os.replace(partial, path)
-    converged = torch.load(path, weights_only=True)
-    for file in folder.glob(f"{family}-*-deterministic.json"):
-        results = Results(file)
-        for key, row in list(results.rows.items()):
-            if not results.samples(key).exists() or "converged" in row:
-                continue  # measured elsewhere, or done
-            images = torch.load(results.samples(key), weights_only=True)
-            quality = psnr(images[: len(converged)], converged).clamp(max=100)
-            results.put(key, {**row, "images": images, "converged": float(quality.mean())})
+    images: torch.Tensor = torch.load(path, weights_only=True)
+    return images
+
+
+def compare_with_converged(cell: Cell, folder: Path) -> None:
+    """PSNR of the kept images of a cell against 1,000 steps from the same noise."""
+    results = Results(folder / f"{cell.name}.json")
+    for key, row in list(results.rows.items()):
+        if not results.samples(key).exists() or "converged" in row:
+            continue  # measured elsewhere, or done
+        converged = converged_images(cell, folder)
+        images = torch.load(results.samples(key), weights_only=True)
+        quality = psnr(images[: len(converged)], converged).clamp(max=100)
+        results.put(key, {**row, "images": images, "converged": float(quality.mean())})

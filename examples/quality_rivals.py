@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from quality_cells import Evaluation, Row
@@ -14,44 +16,61 @@ from fxmask.student import Schedule, Student
 from fxmask.trajectory import Trajectory
 
 
+def _alpha(scheduler: Any, t: float) -> torch.Tensor:
+    """Cumulative alpha at a timestep; behind the last one, at -1, the scheduler's final one."""
+    return scheduler.alphas_cumprod.double()[int(t)] if t >= 0 else torch.as_tensor(scheduler.final_alpha_cumprod).double()
+
+
+def _sigma(now: torch.Tensor, after: torch.Tensor, eta: float) -> torch.Tensor:
+    return eta * ((1 - after) / (1 - now) * (1 - now / after)).clamp_min(0).sqrt()
+
+
+def noise_weights(scheduler: Any, grid: Sequence[float], eta: float) -> torch.Tensor:
+    """Shares, of norm 1, of the noise of each step of ``grid`` in what a single step over all of it would draw.
+
+    Noise of a step to ``alpha`` is scaled by ``sqrt(alpha_end / alpha)`` until the end of the grid.
+    """
+    alphas = [_alpha(scheduler, t) for t in grid]
+    weights = [_sigma(a, b, eta) * (alphas[-1] / b).sqrt() for a, b in itertools.pairwise(alphas)]
+    stacked = torch.stack(weights)
+    return stacked / stacked.norm().clamp_min(1e-30)
+
+
 @torch.no_grad()
-def coarse_ddim(model: torch.nn.Module, fine: Trajectory, timesteps: Sequence[int], eta: float) -> torch.Tensor:
-    """DDIM at chosen timesteps with the noise of a finer run.
+def coarse_ddim(
+    model: torch.nn.Module,
+    fine: Trajectory,
+    timesteps: Sequence[int],
+    eta: float,
+    noises: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """DDIM at chosen timesteps with given noises, or with the sums of a finer run's.
 
     Song et al., "Denoising Diffusion Implicit Models", 2021, Eq. 12 and 16. Noise ``z`` of fine steps within a coarse one
     adds up with weights ``sigma_i sqrt(alpha_end / alpha_i)``, as it would if the fine steps ran.
     """
     scheduler = fine.scheduler
-    alphas = scheduler.alphas_cumprod.double()
-
-    def alpha(t: float) -> torch.Tensor:
-        return alphas[int(t)] if t >= 0 else torch.as_tensor(scheduler.final_alpha_cumprod).double()
-
-    def sigma(now: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        return eta * ((1 - after) / (1 - now) * (1 - now / after)).clamp_min(0).sqrt()
-
     grid = [*fine.timesteps, -1.0]
     x = fine.initial_noise.clone()
-    for t, after in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    for k, (t, after) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
         call = {**fine.calls[0][0], fine.sample: x}
         call["timestep"] = torch.as_tensor(int(t)).expand(torch.as_tensor(call["timestep"]).shape)
         output = model(**call)
         epsilon = output[0] if not isinstance(output, torch.Tensor) else output
         if epsilon.shape[1] == 2 * x.shape[1]:
             epsilon = epsilon.chunk(2, dim=1)[0]
-        a, b = alpha(t), alpha(after)
+        a, b = _alpha(scheduler, t), _alpha(scheduler, after)
         start = (x - (1 - a).sqrt() * epsilon) / a.sqrt()
         if scheduler.config.clip_sample:
             start = start.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-        s = sigma(a, b)
+        s = _sigma(a, b, eta)
         x = b.sqrt() * start + (1 - b - s**2).clamp_min(0).sqrt() * epsilon
-        if eta:
-            inside = [i for i in range(len(grid) - 1) if after < grid[i] <= t]
-            weights = [sigma(alpha(grid[i]), alpha(grid[i + 1])) * (b / alpha(grid[i + 1])).sqrt() for i in inside]
-            total = torch.stack(weights).norm() if weights else torch.tensor(0.0)
-            if total > 0:
-                noise = sum(w * fine.noises[i][0] for w, i in zip(weights, inside, strict=True)) / total
-                x = x + s * noise
+        inside = [i for i in range(len(grid) - 1) if after < grid[i] <= t]
+        if noises is not None:
+            x = x + s * noises[k]
+        elif eta and inside:
+            weights = noise_weights(scheduler, [grid[i] for i in inside] + [grid[inside[-1] + 1]], eta)
+            x = x + s * sum(w * fine.noises[i][0] for w, i in zip(weights, inside, strict=True))
         x = x.to(fine.initial_noise.dtype)
     return x
 

@@ -167,3 +167,25 @@ def test_quality_table_says_who_leads(tmp_path):
     assert quality.Results(results.path).has("fxmask 2.0")
     quality.write_table(tmp_path, tmp_path / "out.md")
     assert "| 40.0 | 35.5 FORA: all branches reused | +4.5 | 38.0 |" in (tmp_path / "out.md").read_text()
+
+
+def test_converged_noise_adds_up_to_the_recorded_one():
+    """The bridge passes every timestep, is normal, and the rule of coarse steps gives the recorded noise back."""
+    from quality_cells import Cell
+    from quality_converged import bridge
+    from quality_rivals import coarse_ddim, noise_weights
+
+    cell = Cell("dit", 5, 1.0)
+    run = cell.record(3, 4)
+    timesteps, noises = bridge(run, 1.0, torch.Generator().manual_seed(0))
+    assert timesteps == list(range(int(run.timesteps[0]), -1, -1))
+    assert torch.stack(noises).std() == pytest.approx(1.0, abs=0.01)
+    grid = [int(t) for t in run.timesteps]
+    for i, (t, after) in enumerate(zip(grid, [*grid[1:], -1], strict=True)):
+        weights = noise_weights(run.scheduler, list(range(t, after - 1, -1)), 1.0)
+        inside = torch.stack([z for s, z in zip(timesteps, noises, strict=True) if after < s <= t])
+        if t:  # the last step injects none
+            total = torch.tensordot(weights.float(), inside, 1)
+            torch.testing.assert_close(total, run.noises[i][0], rtol=1e-4, atol=1e-4)
+    given = coarse_ddim(cell.model, run, grid, 1.0, [z[0] if z else torch.zeros(1) for z in run.noises])
+    torch.testing.assert_close(given, run.final, rtol=1e-4, atol=1e-4)
