@@ -67,6 +67,8 @@ def run_cell(cell: Cell, folder: Path, paper: bool) -> None:
             continue
         search = searching(cell, training, effort, folder / f"{cell.name}-{effort}.journal.json")
         for ratio in (2.0, 1.5, 3.0):
+            if results.has(f"{label} {ratio}"):
+                continue
             started = time.perf_counter()
             point = search.best(1 / ratio)
             facts: dict[str, Any] = {"units": point.units, "kind": point.kind, "seconds": time.perf_counter() - started}
