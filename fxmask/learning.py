@@ -57,6 +57,8 @@ LEARNERS = ("default", "paper")
 COSTS = ("macs", "latency")
 HOPELESS = 8.0  # dB behind the best: not tried any further
 MIXED = 3  # levels that one schedule may have
+ROUNDS = 5  # of refinement at most for the best plan with a stochastic sampler
+ENOUGH = 0.03  # dB: a round that gains less is the last one
 
 
 @dataclass(frozen=True)
@@ -493,7 +495,8 @@ class Search:
         starts = self._finalists(pool)[:2]
         for start in starts:
             current, began, failures = start, self._units, 0
-            while self._units - began < self.effort.search / len(starts) and failures < 60:
+            search = self.effort.search / (2 if self.samples else 1)  # refinement gains more there
+            while self._units - began < search / len(starts) and failures < 60:
                 schedule = _neighbour(current.schedule, rng)
                 if schedule is None or not _is_met(budget, self.student.spent(schedule)):
                     failures += 1
@@ -513,31 +516,43 @@ class Search:
         return (first + [c for c in ranked if c not in first])[: self.effort.finalists]
 
     def _refined(self, finalists: Sequence[Candidate], units: float) -> list[Candidate]:
-        """The finalists, and those of few coefficients with these refined, the best first, while units are left."""
-        found = list(finalists)
+        """The finalists, and those of few coefficients with these refined, the best first, while units are left.
+
+        With a stochastic sampler, where fits along the way say less about the final samples, each is refined by one round
+        and the best of them by more.
+        """
+        found, refined = list(finalists), []
+        ends = self._units + units
         for candidate in sorted(finalists, key=lambda c: c.score):
-            if not _is_refinable(candidate.coefficients):
-                continue
-            before = self._units
-            candidate = self._blended(candidate)
-            schedule, coefficients = candidate.schedule, candidate.coefficients
-            units -= self._units - before
-            round_cost = self.student.refinement_cost(schedule, coefficients)
-            rounds = self.effort.rounds + (1 if self.samples and self.effort.rounds > 1 else 0)
-            rounds = min(rounds, int(units / round_cost)) if round_cost else 0
-            if not rounds:
-                continue
+            if _is_refinable(candidate.coefficients):
+                better = self._refine(self._blended(candidate), 1 if self.samples else self.effort.rounds, ends)
+                refined += [better] if better else []
+        best = min(refined, key=lambda c: c.score, default=None)
+        for _ in range(ROUNDS if self.samples and self.effort.rounds > 1 else 0):
+            better = best and self._refine(best, 1, ends)
+            if not best or not better or better.score > best.score - ENOUGH:
+                break
+            best = better
+            refined.append(better)
+        return found + refined
 
-            def refine(candidate: Candidate = candidate, rounds: int = rounds) -> Any:
-                refined, score = self.student.refine(candidate.schedule, candidate.coefficients, rounds, self._tick)
-                return [score, _dump(refined)]
+    def _refine(self, candidate: Candidate, rounds: int, ends: float) -> Candidate | None:
+        """The candidate with its coefficients refined, by fewer rounds or not at all where units would pass ``ends``."""
+        schedule, coefficients = candidate.schedule, candidate.coefficients
+        cost = self.student.refinement_cost(schedule, coefficients)
+        rounds = min(rounds, int((ends - self._units) / cost)) if cost else 0
+        if rounds < 1:
+            return None
 
-            before = self._units
-            key = f"refine {rounds} {_key(schedule)}"
-            score, terms = self.student.group.agree(self.journal.get(key, refine, self.student))
-            units -= self._units - before
-            found.append(Candidate(schedule, _load(terms), score))
-        return found
+        def refine() -> Any:
+            refined, score = self.student.refine(schedule, coefficients, rounds, self._tick)
+            return [score, _dump(refined)]
+
+        again = f" from {sorted(map(repr, coefficients.items()))}" if self.samples else ""
+        score, terms = self.student.group.agree(
+            self.journal.get(f"refine {rounds} {_key(schedule)}{again}", refine, self.student)
+        )
+        return Candidate(schedule, _load(terms), score)
 
     def _blended(self, candidate: Candidate) -> Candidate:
         """With a stochastic sampler, the candidate whose outputs are blended where a step forms some of its blocks.
