@@ -158,7 +158,8 @@ def learn(
         seed: of everything random. Same seed, same mask.
         progress: show a progress bar. Ctrl-C ends the learning and returns the best plan so far.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
-        effort: ``"default"`` (at most 120 full sampling runs of work) or ``"quick"`` (at most 18).
+        effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25)
+            or ``"quick"`` (18).
         max_cache_bytes: bound of ``Plan.peak_cache_bytes``, at the captured batch size.
         checkpoint: a file that keeps what was measured; the same call goes on from it.
         options: of the paper's learner.
