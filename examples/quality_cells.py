@@ -89,9 +89,9 @@ class Cell:
 
         More where injected noise makes images differ in how hard they are, fewer where each takes long.
         """
-        if self.eta:
-            return (5, 16) if self.steps <= 20 else (3, 16)
-        return (3, 16) if self.steps <= 20 else (3, 8)
+        if self.steps <= 20:
+            return (5, 16) if self.eta else (3, 16)
+        return (3, 16) if self.eta and self.family == "dit" else (3, 8)
 
     def training(self, seed: int = 0, scheduler: Any = None) -> list[Trajectory]:
         """The recorded runs to learn from."""
