@@ -3,7 +3,8 @@
 MACs say how fast a plan could be; a convolution at high resolution and a matrix product of as many MACs take different
 times. The graph is cut where branches join their streams, each distinct part is compiled as the backend will compile it and
 timed on real values, and the time of a part is divided among its nodes in proportion to what each takes on its own. A step
-then costs the sum over its live nodes, as with MACs, so that liveness prices every set of blocks.
+then costs the sum over its live nodes, as with MACs, so that liveness prices every set of blocks. What does not depend on the
+sample costs the model itself something at every step, and an accelerated one nothing (``per_step``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import fx
 from fxmask.backends import get_backend
 from fxmask.backends.inductor import Compiled, can_compile
 from fxmask.passes.split_regions import Region, build_regions, is_view, joins
+from fxmask.passes.stage_values import BindingTime, binding_times
 from fxmask.program import Program
 
 REPEATS = 7
@@ -65,6 +67,12 @@ def measure_latency(program: Program, backend: str = "inductor", repeats: int = 
         for node in segment:
             prices[node.name] = statistics.median(taken[region.key]) * (alone[node] / total if total else 1 / len(segment))
     return prices
+
+
+def per_step(program: Program, prices: Mapping[str, float]) -> dict[str, float]:
+    """Prices without what is computed before the steps: values of timestep and conditioning."""
+    times = {node.name: time for node, time in binding_times(program).items()}
+    return {name: price if times[name] & BindingTime.SAMPLE else 0.0 for name, price in prices.items()}
 
 
 def _parts(program: Program) -> tuple[list[Region], list[list[fx.Node]]]:

@@ -42,7 +42,7 @@ from fxmask.candidates import (
 from fxmask.distributed import Group
 from fxmask.errors import InputError, OutcomeError
 from fxmask.journal import Journal
-from fxmask.latency import measure_latency
+from fxmask.latency import measure_latency, per_step
 from fxmask.mask import Mask, clean_source
 from fxmask.outcome import TOLERANCE, Outcome
 from fxmask.paper import PaperOptions, learn_paper
@@ -281,7 +281,8 @@ class Search:
         self.journal = Journal(checkpoint, group.agree(self._identity()), group)
         if cost == "latency":
             measure = lambda: measure_latency(self.student.program, backend)  # noqa: E731
-            self.student.price_by(group.agree(self.journal.get(f"latency {backend}", measure, self.student)))
+            seconds = group.agree(self.journal.get(f"latency {backend}", measure, self.student))
+            self.student.price_by(per_step(self.student.program, seconds), sum(seconds.values()))
         self.branches = [block.name for block in self.student.program.branches]
         self.levels = levels_of(self.student, self.samples)
         if effort.kinds:
@@ -368,7 +369,7 @@ class Search:
     def _check_reachable(self, budget: float) -> None:
         least = min((self.student.cost(level.loads) for level in self.levels), default=1.0)
         steps = self.student.num_steps
-        least = (1 + (steps - 1) * least) / steps
+        least = (self.student.cost(frozenset()) + (steps - 1) * least) / steps
         if not self.levels or (budget < least / (1 + TOLERANCE)):
             raise OutcomeError(
                 f"speedup={1 / budget:.4g} (macs={budget:.4g}) is out of reach: when only the first of {steps} steps computes "

@@ -365,6 +365,8 @@ def test_metrics():
 
 def test_a_speedup_in_latency_is_met_in_latency(dit, monkeypatch):
     """Prices of nodes are what is spent: here attention takes nearly all of the time."""
+    from fxmask.latency import per_step
+
     program, runs = dit
     nodes = program.graph_module.graph.nodes
     prices = {n.name: 100.0 if "scaled_dot_product" in n.name else float(n.op == "call_function") for n in nodes}
@@ -372,10 +374,9 @@ def test_a_speedup_in_latency_is_met_in_latency(dit, monkeypatch):
     mask = fxmask.learn(program, runs, speedup=2.0, cost="latency", backend="eager")
     student = Student(program, runs)
     by_macs = sum(student.cost(loads_of(mask, i)) for i in range(8)) / 8
-    student.price_by(prices)
+    student.price_by(per_step(program, prices), sum(prices.values()))
+    assert student.cost(frozenset()) < 1, "the time path is free"
     assert sum(student.cost(loads_of(mask, i)) for i in range(8)) / 8 == pytest.approx(0.5, rel=0.03)
-    student.price_by({name: 2 * price for name, price in prices.items()})
-    assert sum(student.cost(loads_of(mask, i)) for i in range(8)) / 8 == pytest.approx(0.5, rel=0.03), "only ratios count"
     assert by_macs == pytest.approx(1 / fxmask.rectify(program, mask).mac_ratio)
     with pytest.raises(InputError, match="counts MACs"):
         fxmask.learn(program, runs, learner="paper", cost="latency")
@@ -389,7 +390,7 @@ def loads_of(mask, step):
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_latency_of_every_node(unet, backend):
-    from fxmask.latency import measure_latency
+    from fxmask.latency import measure_latency, per_step
 
     program, _ = unet
     prices = measure_latency(program, backend, repeats=2)
@@ -397,6 +398,11 @@ def test_latency_of_every_node(unet, backend):
     assert all(price >= 0 for price in prices.values())
     convolutions = [prices[n.name] for n in program.graph_module.graph.nodes if "conv2d" in str(n.target)]
     assert min(convolutions) > 0
+    in_steps = per_step(program, prices)
+    stacks = {n.name: str(n.meta.get("nn_module_stack")) for n in program.graph_module.graph.nodes}
+    time_path = [name for name, stack in stacks.items() if "time_embedding" in stack]
+    assert sum(prices[name] for name in time_path) > sum(in_steps[name] for name in time_path) == 0
+    assert all(in_steps[name] in (0.0, price) for name, price in prices.items())
     assert all(prices[n.name] == 0 for n in program.graph_module.graph.nodes if n.op in ("placeholder", "output", "get_attr"))
 
 
