@@ -134,6 +134,7 @@ def main() -> None:
 
 
 OURS = ("fxmask", "fxmask quick", "branches, fitted forecast", "whole output, fitted forecast")
+WANTED = 2.0  # dB ahead of every rival that is no plan of ours
 USUAL = ("fxmask", "fxmask quick", "fewer steps, scheduler's grid", "whole output, fitted forecast")
 INTRODUCTION = f"""# Quality at equal MACs
 
@@ -158,6 +159,7 @@ def write_table(folder: Path, output: Path) -> None:
     if missing:
         lines += ["Not measured yet, or not in full: " + ", ".join(missing) + ".", ""]
     lines += ["## fxmask (default) and the best of the rivals", ""]
+    lines += [f"Bold: a lead of less than the {WANTED:g} dB that are aimed at, or a fixed plan of ours that is better.", ""]
     lines += ["| cell | asked | fxmask | best rival | lead | best fixed plan of ours |", "|---|---|---|---|---|---|"]
     for name, rows in cells.items():
         for ratio in RATIOS:
@@ -167,8 +169,8 @@ def write_table(folder: Path, output: Path) -> None:
             if "fxmask" not in here or not others:
                 continue
             ours, best = here["fxmask"]["psnr"], max(others, key=lambda key: others[key])
-            fixed_best = f"{max(fixed.values()):.1f}" if fixed else ""
-            lead = f"{ours - others[best]:+.1f}"
+            fixed_best = _marked(f"{max(fixed.values()):.1f}", max(fixed.values()) > ours) if fixed else ""
+            lead = _marked(f"{ours - others[best]:+.1f}", ours - others[best] < WANTED)
             lines.append(columns(name, f"{ratio:g}x", f"{ours:.1f}", f"{others[best]:.1f} {best}", lead, fixed_best))
     lines += seeds_table(folder) + fid_table(folder) + ablation_tables(folder)
     for name, rows in cells.items():
@@ -184,6 +186,10 @@ def write_table(folder: Path, output: Path) -> None:
                 lines.append(columns(*line))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _marked(text: str, mark: bool) -> str:
+    return f"**{text}**" if mark else text
 
 
 def _at(rows: dict[str, Row], ratio: float) -> dict[str, Row]:

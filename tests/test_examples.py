@@ -167,6 +167,10 @@ def test_quality_table_says_who_leads(tmp_path):
     assert quality.Results(results.path).has("fxmask 2.0")
     quality.write_table(tmp_path, tmp_path / "out.md")
     assert "| 40.0 | 35.5 FORA: all branches reused | +4.5 | 38.0 |" in (tmp_path / "out.md").read_text()
+    for name, decibels in (("FORA: all branches reused", 39.0), ("whole output, fitted forecast", 40.2)):
+        results.put(f"{name} 2.0", {"ratio": 2.0, "psnr": decibels, "p10": 30.0, "images": torch.zeros(1)})
+    quality.write_table(tmp_path, tmp_path / "out.md")
+    assert "| 40.0 | 39.0 FORA: all branches reused | **+1.0** | **40.2** |" in (tmp_path / "out.md").read_text()
 
 
 def test_converged_noise_adds_up_to_the_recorded_one():
