@@ -5,8 +5,8 @@
     python examples/quality.py --parts seeds fid          # some of what is measured, see PARTS
     python examples/quality.py --table                    # only writes the table of what is there
 
-Measurements are kept in build/quality; a copy of them ships beside the table, so that a fresh clone goes on from there. Noise
-for evaluation is never used for learning. The parts are in files of their own, `quality_*.py`.
+Measurements are kept in build/quality; a copy of them and of the learned masks ships beside the table, so that a fresh clone
+goes on from there. Noise for evaluation is never used for learning. The parts are in files of their own, `quality_*.py`.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     shipped = options.output.parent / "quality"
-    for path in shipped.glob("*.json"):
-        if not (options.folder / path.name).exists():
-            shutil.copy(path, options.folder / path.name)
+    _copy_missing(shipped, options.folder)
     parts = [] if options.table else options.parts
     for steps in options.steps if parts else ():
         for family in options.families:
@@ -127,10 +125,20 @@ def main() -> None:
                 cell = Cell(family, steps, float(sampler == "stochastic"))
                 run(cell, options.folder, parts, not options.no_paper)
     write_table(options.folder, options.output)
-    shipped.mkdir(parents=True, exist_ok=True)
-    for path in options.folder.glob("*.json"):
-        if not path.name.endswith(".journal.json"):
-            shutil.copy(path, shipped / path.name)
+    for path in shipped.glob("*.json"):
+        path.unlink()
+    shutil.rmtree(shipped / "masks", ignore_errors=True)
+    _copy_missing(options.folder, shipped)
+
+
+def _copy_missing(source: Path, target: Path) -> None:
+    """Rows and masks that ``target`` lacks. Images and journals, which are large, stay where they are."""
+    found = [path for path in source.glob("*.json") if not path.name.endswith(".journal.json")]
+    for path in (*found, *source.glob("masks/**/plan.*")):
+        place = target / path.relative_to(source)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
 
 
 OURS = ("fxmask", "fxmask quick", "branches, fitted forecast", "whole output, fitted forecast")

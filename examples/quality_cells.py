@@ -136,12 +136,15 @@ class Results:
         """Where the mask of a row is kept, if it is."""
         return self.path.parent / "masks" / self.path.stem / _as_name(key)
 
-    def put(self, key: str, row: Row) -> None:
-        """Keep a row. Rows that another process has put there since are kept as well."""
-        images = row.pop("images")
-        self.rows = {**self._read(), key: row}
+    def keep_images(self, key: str, images: torch.Tensor) -> None:
+        """Keep the images of a row."""
         self.samples(key).parent.mkdir(parents=True, exist_ok=True)
         torch.save(images, self.samples(key))
+
+    def put(self, key: str, row: Row) -> None:
+        """Keep a row. Rows that another process has put there since are kept as well."""
+        self.keep_images(key, row.pop("images"))
+        self.rows = {**self._read(), key: row}
         partial = self.path.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
         os.replace(partial, self.path)

@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 import torch
-from quality_cells import RATIOS, Cell, Evaluation, Results, searching
-from quality_rivals import coarse_ddim, noise_weights
+from quality_cells import RATIOS, Cell, Evaluation, Results, Row, searching
+from quality_rivals import coarse_ddim, noise_weights, rivals
 
 from fxmask.metrics import psnr
+from fxmask.saving import load_plan, save_mask
 from fxmask.trajectory import Trajectory
 
 CONVERGED = 1000
@@ -34,6 +35,7 @@ def measure_solver(cell: Cell, folder: Path) -> None:
     search = searching(cell, cell.training(scheduler=scheduler), "quick", journal)
     for ratio in (2.0, 1.5, 3.0):
         point = search.best(1 / ratio)
+        save_mask(results.mask(f"{label} {ratio}"), point.mask, {"units": point.units, "kind": point.kind}, {})
         results.put(f"{label} {ratio}", evaluation.of_mask(point.mask, own=False, units=point.units, kind=point.kind))
 
 
@@ -83,12 +85,35 @@ def converged_images(cell: Cell, folder: Path) -> torch.Tensor:
     return images
 
 
+def restore_images(cell: Cell, results: Results) -> None:
+    """Images of rows that were measured elsewhere: from their masks, or by the rivals' rules."""
+    missing = [key for key, row in results.rows.items() if "converged" not in row and not results.samples(key).exists()]
+    if not missing:
+        return
+    solver = [key for key in missing if SOLVER in key and not key.startswith(f"{SOLVER}, fewer")]
+    usual = Evaluation(cell)
+    solved = Evaluation(cell, scheduler=cell.scheduler("DPMSolverMultistepScheduler")) if solver else usual
+    others = dict(rivals(usual, cell.training()))
+    for key in missing:
+        name, _, ratio = key.rpartition(" ")
+        evaluation = solved if key in solver else usual
+        if results.mask(key).exists():
+            row: Row | None = evaluation.of_mask(load_plan(results.mask(key))[0], own=False)
+        elif ratio == "1.0":
+            row = evaluation.full()
+        else:
+            row = others[name](float(ratio)) if name in others else None
+        if row is not None:
+            results.keep_images(key, row["images"])
+
+
 def compare_with_converged(cell: Cell, folder: Path) -> None:
     """PSNR of the kept images of a cell against 1,000 steps from the same noise."""
     results = Results(folder / f"{cell.name}.json")
+    restore_images(cell, results)
     for key, row in list(results.rows.items()):
         if not results.samples(key).exists() or "converged" in row:
-            continue  # measured elsewhere, or done
+            continue  # done, or measured elsewhere and nothing says how
         converged = converged_images(cell, folder)
         images = torch.load(results.samples(key), weights_only=True)
         quality = psnr(images[: len(converged)], converged).clamp(max=100)
