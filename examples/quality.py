@@ -117,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     shipped = options.output.parent / "quality"
-    _copy_missing(shipped, options.folder)
+    _copy(shipped, options.folder, replace=False)
     parts = [] if options.table else options.parts
     for steps in options.steps if parts else ():
         for family in options.families:
@@ -125,18 +125,17 @@ def main() -> None:
                 cell = Cell(family, steps, float(sampler == "stochastic"))
                 run(cell, options.folder, parts, not options.no_paper)
     write_table(options.folder, options.output)
-    for path in shipped.glob("*.json"):
-        path.unlink()
-    shutil.rmtree(shipped / "masks", ignore_errors=True)
-    _copy_missing(options.folder, shipped)
+    _copy(options.folder, shipped, replace=True)
 
 
-def _copy_missing(source: Path, target: Path) -> None:
-    """Rows and masks that ``target`` lacks. Images and journals, which are large, stay where they are."""
+def _copy(source: Path, target: Path, replace: bool) -> None:
+    """Rows and masks. Images and journals, which are large, stay where they are."""
+    if source.resolve() == target.resolve():
+        return
     found = [path for path in source.glob("*.json") if not path.name.endswith(".journal.json")]
     for path in (*found, *source.glob("masks/**/plan.*")):
         place = target / path.relative_to(source)
-        if not place.exists():
+        if replace or not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
 
