@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 import fxmask
 from fxmask.backends import inductor
 from fxmask.errors import FxmaskError, InputError
+from fxmask.latency import timed
 from fxmask.mask import Mask
 from fxmask.passes.count_macs import count_macs
 from fxmask.program import Program
@@ -224,7 +224,7 @@ class Bench:
         for turn in tqdm(range(repeats), desc="measuring", unit="turn", disable=not progress):
             random.Random(turn).shuffle(order)
             for k in order:
-                taken[k].append(_timed(runs[k]))
+                taken[k].append(timed(runs[k])[0])
         plain = next(k for k, row in enumerate(rows) if row.name == PLAIN)
         for row, seconds in zip(rows, taken, strict=True):
             ratios = [a / b for a, b in zip(taken[plain], seconds, strict=True)]
@@ -296,19 +296,6 @@ def _first(output: Any) -> torch.Tensor:
     return value
 
 
-def _timed(run: Callable[[], Any]) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    run()
-    _synchronize()
-    return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def bootstrap(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
     """95 % bootstrap interval of the median."""
     drawn = random.Random(0)
@@ -344,7 +331,7 @@ def _cold_job() -> None:
     job = json.loads(sys.stdin.read())
     model, call = load_case(job["case"])
     bench = Bench(model, call, job["num_steps"], job["seed"])
-    seconds = _timed(bench.prepare(Variant(**job["variant"])))
+    seconds, _ = timed(bench.prepare(Variant(**job["variant"])))
     result = {"seconds": seconds, "peak_bytes": peak_bytes(), "compilations": inductor.compilations}
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 

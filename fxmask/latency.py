@@ -57,7 +57,7 @@ def measure_latency(program: Program, backend: str = "inductor", repeats: int = 
     for sweep in range(repeats + 1):  # the first one compiles
         held = dict(values)
         for region in regions:
-            seconds, results = _timed(runs[region.key], *(held[name] for name in region.inputs))
+            seconds, results = timed(runs[region.key], *(held[name] for name in region.inputs))
             if sweep:
                 taken[region.key].append(seconds)
             held.update(zip(region.outputs, results, strict=True))
@@ -112,12 +112,13 @@ class _Sweep(fx.Interpreter):
         """One node."""
         if n.op != "call_function":
             return super().run_node(n)
-        seconds, result = _timed(super().run_node, n)
+        seconds, result = timed(super().run_node, n)
         self.seconds[n] = 0.0 if is_view(n) else seconds
         return result
 
 
-def _timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds of a call, work on a GPU included, and its result."""
     _synchronize()
     started = time.perf_counter()
     result = run(*arguments)

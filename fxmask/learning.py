@@ -387,13 +387,12 @@ class Search:
                 yield evenly(self.student, level, budget, bend)
         if not self.effort.starts or not ranked:
             return
+        near = [c.schedule.kind.removesuffix(", even") for c in ranked if c.score < ranked[0].score + HOPELESS]
         if self._promising is self.levels:  # what is hopeless at one budget is not tried at the others
-            good = {c.schedule.kind.removesuffix(", even") for c in ranked if c.score < ranked[0].score + HOPELESS}
-            self._promising = [x for x in self.levels if x.name in good]
-        near = [c for c in ranked if c.score < ranked[0].score + HOPELESS]
+            self._promising = [x for x in self.levels if x.name in near]
         names = list(dict.fromkeys(c.schedule.kind.removesuffix(", even") for c in ranked))[: self.effort.levels]
         if self.samples:  # levels of different cost may be mixed
-            names = list(dict.fromkeys([*names, *(c.schedule.kind.removesuffix(", even") for c in near)]))[:MIXED]
+            names = list(dict.fromkeys([*names, *near]))[:MIXED]
         measured: list[tuple[Level, torch.Tensor]] = []
         for name in names:
             level = self._level_of(next(c for c in ranked if c.schedule.kind == f"{name}, even"))

@@ -131,11 +131,11 @@ class Student:
         """Share of the full run's cost that a schedule spends."""
         return sum(self.cost(loads) for loads in schedule.loads) / self.num_steps
 
-    def price_by(self, prices: Mapping[str, float], full: float | None = None) -> None:
-        """From now on nodes cost this much, and a step of the model itself ``full``, or all of its nodes."""
+    def price_by(self, prices: Mapping[str, float], full: float) -> None:
+        """From now on nodes cost a step this much, and a step of the model itself ``full``."""
         self.prices = prices
         self._costs.clear()
-        self.full = full or live_under(self.program, frozenset(), prices)[1] or 1.0
+        self.full = full
 
     def fresh(self, loads: frozenset[str]) -> frozenset[str]:
         """Blocks that a step with these loads computes."""
@@ -294,9 +294,7 @@ class Student:
         self.count(graph.macs)
         for tensors, cache in zip(inputs, caches, strict=True):
             target = graph(tensors, [])[0]
-            basis = torch.stack([cache[slot_of(s, block, 0)].flatten() for s in sources] + [target.flatten()])
-            wide = basis.to(wide_dtype(basis.dtype))
-            moments.append((wide @ wide.T).double().cpu())
+            moments.append(_moment(block, 0, sources, cache, target))
         return _solve(self.group.sum(moments), sources)
 
     def _fit(
@@ -324,9 +322,7 @@ class Student:
             produced = graph(tensors, [])
             moments: dict[str, torch.Tensor] = {}
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
-                basis = torch.stack([cache[slot_of(s, block, i)].flatten() for s in sources[block]] + [value.flatten()])
-                wide = basis.to(wide_dtype(basis.dtype))
-                moments[block] = moments.get(block, 0) + (wide @ wide.T).double().cpu()
+                moments[block] = moments.get(block, 0) + _moment(block, i, sources[block], cache, value)
             for name in blocks:
                 sums[name].append(moments[name])
         for name in blocks:
@@ -458,6 +454,13 @@ class Student:
 def _formed(block: str, i: int, terms: Terms, cache: Cache) -> torch.Tensor:
     values, coefficients = [cache[slot_of(source, block, i)] for source, _ in terms], [c for _, c in terms]
     return values[0] if coefficients == [1.0] else form(values, coefficients)
+
+
+def _moment(block: str, i: int, sources: Sequence[Source], cache: Cache, target: torch.Tensor) -> torch.Tensor:
+    """Second moments float64 of (sources..., target) for cut value ``i`` of a block."""
+    basis = torch.stack([cache[slot_of(source, block, i)].flatten() for source in sources] + [target.flatten()])
+    wide = basis.to(wide_dtype(basis.dtype))
+    return (wide @ wide.T).double().cpu()
 
 
 def _solve(moment: torch.Tensor, sources: Sequence[Source]) -> Terms:

@@ -434,7 +434,7 @@ def test_an_output_of_reused_blocks_is_blended_with_a_stochastic_sampler(unet):
 
 
 def test_levels_of_different_cost_are_mixed_optimally(unet):
-    """Against every schedule of six steps: the error of runs is smallest among those that spend as much."""
+    """Against every schedule of eight steps: the error of runs is smallest among those that spend as much."""
     import itertools
 
     from fxmask.candidates import SLACK, _run_error, place_mixed
