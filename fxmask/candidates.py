@@ -221,10 +221,10 @@ def count_full(student: Student, level: Level, budget: float) -> int | None:
 
     ``None`` if the level alone costs as much, or saves less than 3 % of a step.
     """
-    steps, cost, full = student.num_steps, student.cost(level.loads), student.cost(frozenset())
-    if cost >= budget or cost > 0.97 * full:
+    steps, cost = student.num_steps, student.cost(level.loads)
+    if cost >= budget or cost > 0.97:
         return None
-    return min(steps, max(1, round((budget - cost) / (full - cost) * steps)))
+    return min(steps, max(1, round((budget - cost) / (1 - cost) * steps)))
 
 
 def evenly(student: Student, level: Level, budget: float, bend: float = 1.0) -> Schedule | None:
@@ -293,7 +293,7 @@ def place_mixed(student: Student, levels: Sequence[tuple[Level, torch.Tensor]], 
     for first in range(steps):
         for length in range(min(steps - first, LONGEST + 1)):
             for k, (level, runs) in enumerate(levels if length else levels[:1]):
-                cost = student.cost(frozenset()) + length * student.cost(level.loads)
+                cost = 1 + length * student.cost(level.loads)
                 best.offer(first, first + 1 + length, cost, _run_error(runs, first + 1, length), k)
     found = best.path()
     if found is None:
@@ -372,7 +372,7 @@ def place_blocks(
         period: if given, every step of that many computes everything, which cleans all values at once.
     """
     steps = student.num_steps
-    share = [student.cost(frozenset()) - student.cost(frozenset([name])) for name in blocks]
+    share = [1 - student.cost(frozenset([name])) for name in blocks]
     gain = torch.tensor([_run_error(runs, i, 1) if i else 0.0 for i in range(steps)], dtype=torch.float64)
     gain = gain / probes.together.clamp_min(1e-30)
     single = (probes.alone * gain[:, None, None]).sqrt()  # [T, B, A], final error of one value

@@ -4,7 +4,8 @@ MACs say how fast a plan could be; a convolution at high resolution and a matrix
 times. The graph is cut where branches join their streams, each distinct part is compiled as the backend will compile it and
 timed on real values, and the time of a part is divided among its nodes in proportion to what each takes on its own. A step
 then costs the sum over its live nodes, as with MACs, so that liveness prices every set of blocks. What does not depend on the
-sample costs the model itself something at every step, and an accelerated one nothing (``per_step``).
+sample is left out of both sides (``per_step``): it is computed for all steps at once, whatever the mask is, and is no saving of
+the mask's.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure_latency(program: Program, backend: str = "inductor", repeats: int = 
 
 
 def per_step(program: Program, prices: Mapping[str, float]) -> dict[str, float]:
-    """Prices without what is computed before the steps: values of timestep and conditioning."""
+    """Prices without what is computed for all steps at once: values of timestep and conditioning."""
     times = {node.name: time for node, time in binding_times(program).items()}
     return {name: price if times[name] & BindingTime.SAMPLE else 0.0 for name, price in prices.items()}
 

@@ -282,7 +282,7 @@ class Search:
         if cost == "latency":
             measure = lambda: measure_latency(self.student.program, backend)  # noqa: E731
             seconds = group.agree(self.journal.get(f"latency {backend}", measure, self.student))
-            self.student.price_by(per_step(self.student.program, seconds), sum(seconds.values()))
+            self.student.price_by(per_step(self.student.program, seconds))
         self.branches = [block.name for block in self.student.program.branches]
         self.levels = levels_of(self.student, self.samples)
         if effort.kinds:
@@ -369,7 +369,7 @@ class Search:
     def _check_reachable(self, budget: float) -> None:
         least = min((self.student.cost(level.loads) for level in self.levels), default=1.0)
         steps = self.student.num_steps
-        least = (self.student.cost(frozenset()) + (steps - 1) * least) / steps
+        least = (1 + (steps - 1) * least) / steps
         if not self.levels or (budget < least / (1 + TOLERANCE)):
             raise OutcomeError(
                 f"speedup={1 / budget:.4g} (macs={budget:.4g}) is out of reach: when only the first of {steps} steps computes "

@@ -92,7 +92,6 @@ class Student:
     Attributes:
         units: work done so far, in full sampling runs of all the trajectories.
         prices: what each node of the graph costs a step, by name; ``None``: its multiply-accumulates.
-        full: what a step of the model itself costs.
     """
 
     prices: Mapping[str, float] | None = None
@@ -117,25 +116,25 @@ class Student:
         self._graphs: dict[Any, CutGraph] = {}
         self._live: dict[frozenset[str], frozenset[str]] = {}
         self._costs: dict[frozenset[str], float] = {}
-        self.full = float(self.program.macs or 1)
+        self._full = float(self.program.macs or 1)
 
     # What a schedule costs and means
 
     def cost(self, loads: frozenset[str]) -> float:
-        """What a step spends when it forms ``loads``, as a share of a step of the model itself."""
+        """What a step spends when it forms ``loads``, as a share of a step that computes everything."""
         if loads not in self._costs:
             self._live[loads], self._costs[loads] = live_under(self.program, loads, self.prices)
-        return self._costs[loads] / self.full
+        return self._costs[loads] / self._full
 
     def spent(self, schedule: Schedule) -> float:
         """Share of the full run's cost that a schedule spends."""
         return sum(self.cost(loads) for loads in schedule.loads) / self.num_steps
 
-    def price_by(self, prices: Mapping[str, float], full: float) -> None:
-        """From now on nodes cost a step this much, and a step of the model itself ``full``."""
+    def price_by(self, prices: Mapping[str, float]) -> None:
+        """From now on nodes cost a step this much."""
         self.prices = prices
         self._costs.clear()
-        self.full = full
+        self._full = live_under(self.program, frozenset(), prices)[1] or 1.0
 
     def fresh(self, loads: frozenset[str]) -> frozenset[str]:
         """Blocks that a step with these loads computes."""
