@@ -150,10 +150,10 @@ against the same sampler with the same noise: mean and 10th percentile. *Converg
 {CONVERGED_IMAGES} against {CONVERGED:,} steps from the same noise (with the stochastic sampler, a Brownian bridge of it); the
 only column in which plans on DDIM and plans on DPM-Solver++ can be compared. *Classes*: share of samples that the shipped
 classifier puts in the class of the full sampler's. *Units*: learning, in full sampling runs of the images that are learned
-from: 32, but 64 with 20 stochastic steps and 16 with 50 steps (32 for the stochastic DiT); the ratios of a cell share what is
-measured, 2x comes first and pays for it. *Graphs*: distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same
-images as fxmask's. Denoisers are sampled without guidance; `ldm` and `pixart` are compared after decoding. With the stochastic
-sampler (DDIM, eta = 1) fewer steps get the variance-weighted sum of the full sampler's noise.
+from: 32 at 20 steps, 16 at 50; with the stochastic sampler 64 (DiT: 128) at 20 steps, 16 (DDPM: 32, DiT: 64) at 50. The ratios
+of a cell share what is measured, 2x comes first and pays for it. *Graphs*: distinct step graphs. Fixed plans (reuse,
+forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without guidance; `ldm` and `pixart` are compared
+after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the variance-weighted sum of the full noise.
 """
 
 

@@ -85,13 +85,14 @@ class Cell:
 
     @property
     def training_runs(self) -> tuple[int, int]:
-        """Recorded runs to learn from, the last of them held out, and images in each.
+        """Recorded runs to learn from, the last ones held out, and images in each.
 
         More where injected noise makes images differ in how hard they are, fewer where each takes long.
         """
-        if self.steps <= 20:
-            return (5, 16) if self.eta else (3, 16)
-        return (3, 16) if self.eta and self.family == "dit" else (3, 8)
+        if not self.eta:
+            return (3, 16) if self.steps <= 20 else (3, 8)
+        own = {"dit": (10, 16)} if self.steps <= 20 else {"ddpm": (3, 16), "dit": (5, 16)}
+        return own.get(self.family, (5, 16) if self.steps <= 20 else (3, 8))
 
     def training(self, seed: int = 0, scheduler: Any = None) -> list[Trajectory]:
         """The recorded runs to learn from."""

@@ -15,6 +15,7 @@ error of a run. Both are exact for that model of the error. What is really good 
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fxmask.student import Schedule, Student, output_blocks
+from fxmask.program import Program
+from fxmask.student import Schedule, Student, output_blocks, per_image
 from fxmask.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 MAX_AGE = 8
 MAX_RUN = 3  # longer runs are extrapolated
@@ -106,6 +110,18 @@ class Probes(NamedTuple):
     together: torch.Tensor
 
 
+def has_derivatives(program: Program) -> bool:
+    """Whether the prediction can be differentiated by every float input that it depends on; custom operators often cannot."""
+    tensors = list(program.example.tensors.values())
+    outputs, _ = _forward(program.graph_module, tensors, {})
+    try:
+        outputs[0].sum().backward()
+    except RuntimeError as error:
+        logger.info("the denoiser has no derivatives, so plans that need them are not tried: %s", error)
+        return False
+    return True
+
+
 def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
     """Probes of some blocks, from forwards and backwards through every recorded call of the first lane."""
     lanes = len(student.order) / student.num_steps
@@ -143,19 +159,13 @@ def _probes_of(student: Student, trajectory: Trajectory, seed: int, blocks: Sequ
                     continue
                 for age in range(1, len(window)):
                     moved = window[-1 - age][name] - window[-1][name]
-                    products = _per_image(gradient * moved, images) / math.sqrt(outputs[0].numel() / images)
+                    products = per_image(gradient * moved, images) / math.sqrt(outputs[0].numel() / images)
                     table[r, :, values[name], age - 1] += products.cpu()
             del gradients
         if step:  # older than the run: as bad as the oldest there is
             table[..., len(window) - 1 :] = table[..., len(window) - 2 : len(window) - 1]
         rows.append(table.flatten(0, 1))
     return torch.stack(rows)
-
-
-def _per_image(x: torch.Tensor, images: int) -> torch.Tensor:
-    """Sum over everything but images; a batch may hold several rows per image."""
-    flat = x.flatten(1).sum(dim=1) if x.dim() > 1 else x
-    return flat.reshape(-1, images).sum(dim=0) if len(flat) % images == 0 else flat.sum().expand(images) / images
 
 
 @torch.enable_grad()

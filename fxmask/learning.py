@@ -27,11 +27,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from fxmask.adjoint import acts_by_element, refine_all, refinement_cost
 from fxmask.candidates import (
     BENDS,
     Level,
     Probes,
     evenly,
+    has_derivatives,
     levels_of,
     measure_probes,
     measure_runs,
@@ -48,7 +50,7 @@ from fxmask.outcome import TOLERANCE, Outcome
 from fxmask.paper import PaperOptions, learn_paper
 from fxmask.passes.rectify import rectify
 from fxmask.program import Program
-from fxmask.student import Coefficients, Schedule, Student
+from fxmask.student import Coefficients, Schedule, Student, Terms
 from fxmask.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -350,8 +352,8 @@ class Search:
         second derivatives, so that this is the step for all images together.
         """
         schedule, coefficients = candidate.schedule, candidate.coefficients
-        if self.effort.rounds < 2 or not _is_refinable(coefficients):
-            return coefficients
+        if self.effort.rounds < 2 or schedule.blend or not _is_refinable(coefficients):
+            return coefficients  # with so many coefficients, the held-out noise has told when to stop
 
         def refit() -> Any:
             refined, score = self.judge.refine(schedule, coefficients, 1, self._tick, length=self._held)
@@ -399,7 +401,7 @@ class Search:
             runs = self._runs(level)
             measured.append((level, runs))
             yield place(self.student, [(level, runs)], budget)
-            if name == "branches":
+            if name == "branches" and self._differentiable:
                 for period in (0, 6, 4, 3, 2):
                     yield place_blocks(self.student, self._probes, self.branches, runs, budget, period)
         if len(measured) > 1 and max(self.student.cost(level.loads) for level, _ in measured) < 0.1:
@@ -475,17 +477,17 @@ class Search:
                 break
         return None
 
-    def _allowed(self, schedule: Schedule) -> bool:
-        """Whether a plan of this schedule keeps the limits. Coefficients do not matter for that."""
+    def _allowed(self, schedule: Schedule, coefficients: Coefficients | None = None) -> bool:
+        """Whether a plan of this schedule keeps the limits. Only which coefficients are 0 or 1 matters for that, at most."""
         if self.limits == Limits():
             return True
         student = self.student
         dummies: dict[tuple[int, str], Any] = {}
-        for i, loads in enumerate(schedule.loads):
-            for name in loads:
-                sources = student.sources(schedule, i, name)
-                plain = len(sources) == 1
-                dummies[i, name] = tuple((s, 1.0 if plain else 0.5) for s in sources)
+        keys = coefficients or [(i, name) for i, loads in enumerate(schedule.loads) for name in loads]
+        for i, name in keys:
+            sources = [s for s, _ in coefficients[i, name]] if coefficients else student.sources(schedule, i, name)
+            plain = len(sources) == 1 and (not coefficients or sources[0] == i)
+            dummies[i, name] = tuple((s, 1.0 if plain else 0.5) for s in sources)
         plan = rectify(student.program, student.mask(schedule, dummies))
         graphs, cached = self.limits.max_graphs, self.limits.max_cache_bytes
         return (graphs is None or plan.distinct_graphs <= graphs) and (cached is None or plan.peak_cache_bytes <= cached)
@@ -520,18 +522,21 @@ class Search:
         """The finalists, and those of few coefficients with these refined, the best first, while units are left.
 
         With a stochastic sampler, where fits along the way say less about the final samples, each is refined by one round
-        and the best of them by more.
+        and the best of them by more, as long as the held-out noise is better for it.
         """
         found, refined = list(finalists), []
         ends = self._units + units
         for candidate in sorted(finalists, key=lambda c: c.score):
             if _is_refinable(candidate.coefficients):
-                better = self._refine(self._blended(candidate), 1 if self.samples else self.effort.rounds, ends)
-                refined += [better] if better else []
+                better = self._refine(self._freed(candidate), 1 if self.samples else self.effort.rounds, ends)
+                if better and (not better.schedule.blend or self._judged(better)[0] < self._judged(candidate)[0]):
+                    refined.append(better)
         best = min(refined, key=lambda c: c.score, default=None)
         for _ in range(ROUNDS if self.samples and self.effort.rounds > 1 else 0):
             better = best and self._refine(best, 1, ends)
             if not best or not better or better.score > best.score - ENOUGH:
+                break
+            if better.schedule.blend and self._judged(better)[0] > self._judged(best)[0]:
                 break
             best = better
             refined.append(better)
@@ -540,37 +545,66 @@ class Search:
     def _refine(self, candidate: Candidate, rounds: int, ends: float) -> Candidate | None:
         """The candidate with its coefficients refined, by fewer rounds or not at all where units would pass ``ends``."""
         schedule, coefficients = candidate.schedule, candidate.coefficients
-        cost = self.student.refinement_cost(schedule, coefficients)
+        together = bool(schedule.blend) and self._has_adjoints  # all coefficients, by their adjoints
+        cost = refinement_cost(self.student, schedule) if together else self.student.refinement_cost(schedule, coefficients)
         rounds = min(rounds, int((ends - self._units) / cost)) if cost else 0
         if rounds < 1:
             return None
 
+        again = f" from {sorted(map(repr, coefficients.items()))}" if self.samples else ""
+        seed = random.Random(f"{self.seed}{again}").randrange(1 << 31)  # other directions in every round
+
         def refine() -> Any:
-            refined, score = self.student.refine(schedule, coefficients, rounds, self._tick)
+            if together:
+                refined, score = refine_all(self.student, schedule, coefficients, seed)
+            else:
+                refined, score = self.student.refine(schedule, coefficients, rounds, self._tick)
+            self._tick()
             return [score, _dump(refined)]
 
-        again = f" from {sorted(map(repr, coefficients.items()))}" if self.samples else ""
         score, terms = self.student.group.agree(
             self.journal.get(f"refine {rounds} {_key(schedule)}{again}", refine, self.student)
         )
         return Candidate(schedule, _load(terms), score)
 
-    def _blended(self, candidate: Candidate) -> Candidate:
-        """With a stochastic sampler, the candidate whose outputs are blended where a step forms some of its blocks.
+    @functools.cached_property
+    def _differentiable(self) -> bool:
+        return has_derivatives(self.student.program)
 
-        Reused blocks do not see the noise that was injected since. What the output lacks for it is, to first order, a
-        multiple of the noise, hence of the sample; with a deterministic sampler there is nothing of the kind.
+    @functools.cached_property
+    def _has_adjoints(self) -> bool:
+        return all(acts_by_element(t) for t in self.student.trajectories) and self._differentiable
+
+    def _freed(self, candidate: Candidate) -> Candidate:
+        """With a stochastic sampler, the same candidate with more coefficients to refine, if some of its steps compute part.
+
+        Reused blocks do not see the noise that was injected since. They may be scaled, and read an older value too; the
+        output is blended with the one before and with noisy samples. What is nearest at each step, block by block, is not
+        best in the end, so all of it starts as plain reuse.
         """
-        schedule, output = candidate.schedule, self.student.output
-        computed = any(loads and output not in loads for loads in schedule.loads)
-        if not self.samples or output is None or not self.student.reads_samples(output) or not computed:
+        student, schedule, output = self.student, candidate.schedule, self.student.output
+        partial = any(loads and output not in loads for loads in schedule.loads)
+        if not self.samples or output is None or not student.reads_samples(output) or not partial:
             return candidate
-        blended = self._evaluate(replace(schedule, samples=max(1, schedule.samples), blend=1))
-        kept = {key: terms for key, terms in blended.coefficients.items() if key not in candidate.coefficients}
-        return replace(blended, coefficients={**candidate.coefficients, **kept})
+        freed = replace(schedule, samples=max(2, schedule.samples), blend=1)
+        coefficients: dict[tuple[int, str], Terms] = {}
+        for i, loads in enumerate(schedule.loads):
+            for name in sorted(loads | ({output} if student.blends(freed, i) else set())):
+                given = dict(candidate.coefficients.get((i, name), ()))
+                sources = list(dict.fromkeys([*given, *student.sources(freed, i, name)]))
+                coefficients[i, name] = tuple((s, given.get(s, 0.0) if given else float(s == sources[0])) for s in sources)
+        result = replace(candidate, schedule=freed, coefficients=coefficients)
+        return result if self._allowed(freed, coefficients) else candidate
 
     def _point(self, candidate: Candidate, started: float) -> ParetoPoint:
         """The candidate on held-out noise."""
+        decibels, error = self._judged(candidate)
+        mask = self.student.mask(candidate.schedule, candidate.coefficients)
+        ratio = 1 / self.student.spent(candidate.schedule)
+        return ParetoPoint(mask, ratio, error, decibels, candidate.schedule.kind, self._units - started)
+
+    def _judged(self, candidate: Candidate) -> tuple[float, float]:
+        """Score and relative error on held-out noise."""
 
         def roll() -> Any:
             rolled = self.judge.rollout(candidate.schedule, candidate.coefficients)
@@ -578,9 +612,7 @@ class Search:
 
         key = f"judge {_key(candidate.schedule)} {sorted(map(repr, candidate.coefficients.items()))}"
         decibels, error = self.student.group.agree(self.journal.get(key, roll, self.judge))
-        mask = self.student.mask(candidate.schedule, candidate.coefficients)
-        ratio = 1 / self.student.spent(candidate.schedule)
-        return ParetoPoint(mask, ratio, error, decibels, candidate.schedule.kind, self._units - started)
+        return decibels, error
 
     def _compare_with_fewer_steps(self, point: ParetoPoint, budget: float) -> None:
         """Warn if the scheduler's own grid with fewer steps, which no mask can express, is better on held-out noise."""

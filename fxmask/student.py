@@ -47,8 +47,9 @@ class Schedule:
         history: K, how many fresh values a forecast may read.
         samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any,
             the sampler is stochastic, and blocks that cannot read samples are reused as they are.
-        blend: how many earlier outputs the output is blended with, besides the noisy sample, at steps that compute it from
-            formed blocks; 0: it stays as it is.
+        blend: if not 0, these blocks may read so many fresh values more, and where a step computes its output from formed
+            blocks, that is blended with so many outputs before it and with the samples. Nothing of this is fitted along
+            the way; it starts as plain reuse, for ``refine_all``.
         kind: where the schedule came from, for reports.
     """
 
@@ -148,9 +149,12 @@ class Student:
         if block in self.fresh(schedule.loads[step]):  # a blend
             if not schedule.loads[step]:
                 return [step]
-            return [step, *earlier[: schedule.blend], *([(INPUT, step)] if reads else [])]
-        steps = earlier[: 1 if schedule.samples and not reads else schedule.history]
-        return [*steps, *((INPUT, j) for j in (step, *steps)[: schedule.samples if reads else 0])]
+            steps = [step, *earlier[: schedule.blend]]
+        else:
+            plain = bool(schedule.samples) and not reads
+            steps = earlier[: 1 + schedule.blend if plain else schedule.history]
+        latest = dict.fromkeys([step, *earlier])
+        return [*steps, *((INPUT, j) for j in list(latest)[: schedule.samples if reads else 0])]
 
     @functools.cached_property
     def output(self) -> str | None:
@@ -247,54 +251,39 @@ class Student:
         missing = [name for name in sorted(loads) if (step, name) not in used]
         if missing:
             used.update(self._fit(schedule, step, missing, inputs, caches))
-        stored = self._cached(schedule) & self.fresh(loads)
-        emit = tuple(b.name for b in self.program.blocks if b.name in stored)
-        graph = self._graph(loads, emit)
+        graph = self.cut(schedule, step)
         results = []
         self.count(graph.macs)
         for tensors, cache in zip(inputs, caches, strict=True):
-            formed = [_formed(block, i, used[step, block], cache) for block, i in graph.load]
+            formed = [formed_value(block, i, used[step, block], cache) for block, i in graph.load]
             produced = graph(tensors, formed)
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
                 cache[Slot(block, i, step)] = value
             results.append(produced[0])
-        return self._blended(schedule, step, inputs, caches, used) if schedule.blend and self.output in stored else results
+        return self._blended(step, caches, used) if self.blends(schedule, step) else results
 
-    def _blended(
-        self,
-        schedule: Schedule,
-        step: int,
-        inputs: Sequence[list[torch.Tensor]],
-        caches: Sequence[Cache],
-        used: dict[tuple[int, str], Terms],
-    ) -> list[torch.Tensor]:
+    def _blended(self, step: int, caches: Sequence[Cache], used: dict[tuple[int, str], Terms]) -> list[torch.Tensor]:
         """The outputs that a step has just computed, blended with earlier ones; they take their place in the caches."""
         block = self.output
         assert block is not None
-        if (step, block) not in used:
-            used[step, block] = self._fit_blend(schedule, step, block, inputs, caches)
+        used.setdefault((step, block), ((step, 1.0),))
         for cache in caches:
-            cache[Slot(block, 0, step)] = _formed(block, 0, used[step, block], cache)
+            cache[Slot(block, 0, step)] = formed_value(block, 0, used[step, block], cache)
         return [cache[Slot(block, 0, step)] for cache in caches]
+
+    def blends(self, schedule: Schedule, step: int) -> bool:
+        """Whether a step computes its output and then blends it, if only with nothing."""
+        return bool(schedule.blend) and self.output in self._cached(schedule) & self.fresh(schedule.loads[step])
+
+    def cut(self, schedule: Schedule, step: int) -> CutGraph:
+        """What a step computes, with the values that later steps may read."""
+        loads = schedule.loads[step]
+        stored = self._cached(schedule) & self.fresh(loads)
+        return self._graph(loads, tuple(b.name for b in self.program.blocks if b.name in stored))
 
     def _cached(self, schedule: Schedule) -> frozenset[str]:
         """Blocks whose computed values may be read later."""
         return schedule.formed | {self.output} if schedule.blend and self.output else schedule.formed
-
-    def _fit_blend(
-        self, schedule: Schedule, step: int, block: str, inputs: Sequence[list[torch.Tensor]], caches: Sequence[Cache]
-    ) -> Terms:
-        """How the output that a step has just computed is blended: what comes nearest to the full network's."""
-        sources = self.sources(schedule, step, block)
-        if len(sources) == 1:
-            return ((step, 1.0),)
-        graph = self._graph(frozenset(), ())
-        moments = []
-        self.count(graph.macs)
-        for tensors, cache in zip(inputs, caches, strict=True):
-            target = graph(tensors, [])[0]
-            moments.append(_moment(block, 0, sources, cache, target))
-        return _solve(self.group.sum(moments), sources)
 
     def _fit(
         self,
@@ -401,13 +390,13 @@ class Student:
         best, score = dict(base.coefficients), self.score(base)
         for _ in range(rounds):
             directions = _directions(best)
-            residual = self._residuals(base)
-            weight = self._weights(base)
+            residual = self.residuals(base)
+            weight = self.weights(base)
             columns = []
             for step, names, k in directions:
-                moved = _moved(best, step, names, k, STEP)
+                moved = moved_by(best, step, names, k, STEP)
                 other = self.rollout(schedule, moved, base, step)
-                columns.append([(a - r) / STEP for a, r in zip(self._residuals(other), residual, strict=True)])
+                columns.append([(a - r) / STEP for a, r in zip(self.residuals(other), residual, strict=True)])
                 bar()
             if not columns:
                 break
@@ -423,7 +412,7 @@ class Student:
                 move = torch.linalg.solve(matrix, -normal[:-1, -1])
                 trial = dict(best)
                 for (step, names, k), amount in zip(directions, move.tolist(), strict=True):
-                    trial = _moved(trial, step, names, k, length * amount)
+                    trial = moved_by(trial, step, names, k, length * amount)
                 rolled = self.rollout(schedule, trial, keep=True)
                 trials.append((self.score(rolled), trial, rolled))
             found, trial, rolled = min(trials, key=lambda t: t[0])
@@ -438,21 +427,30 @@ class Student:
         partial = sum(rest[step] for step, _, _ in _directions(coefficients))
         return partial + (1 + len(DAMPING)) * rest[0] if partial else 0.0
 
-    def _residuals(self, rollout: Rollout) -> list[torch.Tensor]:
+    def residuals(self, rollout: Rollout) -> list[torch.Tensor]:
+        """Errors of the final samples, float64 ``[B, D]`` per trajectory."""
         return [
             (final.double() - t.final.double()).flatten(1).cpu()
             for final, t in zip(rollout.finals, self.trajectories, strict=True)
         ]
 
-    def _weights(self, rollout: Rollout) -> list[torch.Tensor]:
+    def weights(self, rollout: Rollout) -> list[torch.Tensor]:
+        """Per trajectory the weight ``[B]`` of every image: that of a small error counts as much as that of a large one."""
         errors = self.errors(rollout) * self.scale
         floor = 0.3 * float(errors.median())
-        return [(r.pow(2).mean(dim=1) + floor + 1e-30).rsqrt() for r in self._residuals(rollout)]
+        return [(r.pow(2).mean(dim=1) + floor + 1e-30).rsqrt() for r in self.residuals(rollout)]
 
 
-def _formed(block: str, i: int, terms: Terms, cache: Cache) -> torch.Tensor:
+def formed_value(block: str, i: int, terms: Terms, cache: Cache) -> torch.Tensor:
+    """Cut value ``i`` of a block, formed from cached values."""
     values, coefficients = [cache[slot_of(source, block, i)] for source, _ in terms], [c for _, c in terms]
     return values[0] if coefficients == [1.0] else form(values, coefficients)
+
+
+def per_image(x: torch.Tensor, images: int) -> torch.Tensor:
+    """Sum over everything but images, ``[images]``; a batch may hold several rows per image."""
+    flat = x.flatten(1).sum(dim=1) if x.dim() > 1 else x
+    return flat.reshape(-1, images).sum(dim=0) if len(flat) % images == 0 else flat.sum().expand(images) / images
 
 
 def _moment(block: str, i: int, sources: Sequence[Source], cache: Cache, target: torch.Tensor) -> torch.Tensor:
@@ -493,7 +491,10 @@ def _directions(coefficients: Coefficients) -> list[tuple[int, tuple[str, ...], 
     ]
 
 
-def _moved(coefficients: Coefficients, step: int, blocks: Iterable[str], k: int, amount: float) -> dict[tuple[int, str], Terms]:
+def moved_by(
+    coefficients: Coefficients, step: int, blocks: Iterable[str], k: int, amount: float
+) -> dict[tuple[int, str], Terms]:
+    """The coefficients with term ``k`` of some blocks at a step changed by ``amount``."""
     result = dict(coefficients)
     for block in blocks:
         terms = list(result[step, block])

@@ -52,10 +52,19 @@ def functionalize(
     result = fx.GraphModule(attributes, graph, class_name="Program")
     while _inline_wrapped(result):
         pass
+    _drop_copies(graph)
     remove_dead(graph)  # asserts are dead code too
     graph.lint()
     result.recompile()
     return result
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """``copy(x, y)``, left over from writes into a tensor, is ``y``; and unlike ``y`` it has no derivative."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        written, value = (n.meta["val"] for n in node.args[:2])
+        if written.shape == value.shape and written.dtype == value.dtype and written.device == value.device:
+            node.replace_all_uses_with(node.args[1])
 
 
 def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -24,9 +24,10 @@ import torch.distributed as dist
 sys.path.insert(0, {tests!r})
 from conftest import ddim, labels, tiny_dit
 import fxmask
-from fxmask.candidates import measure_probes
+from fxmask.adjoint import refine_all
+from fxmask.candidates import evenly, levels_of, measure_probes
 from fxmask.distributed import Group
-from fxmask.learning import EFFORTS, Effort
+from fxmask.learning import EFFORTS, Effort, Limits, Search
 from fxmask.student import Student
 torch.set_num_threads(1)
 EFFORTS["default"] = Effort(units=30, kinds=2, starts=3, levels=2, search=2.0, rounds=1, finalists=2)
@@ -50,9 +51,15 @@ except fxmask.DistributedError as error:
     os._exit(3)
 group = Group.current()
 probes = measure_probes(Student(program, group.share(runs), group), [block.name for block in program.branches])
+noisy = [fxmask.record(model, ddim(), 6, 2, labels, {{"eta": 1.0}}, seed) for seed in range(4)]
+search = Search(program, noisy, EFFORTS["default"], Limits(), 0, False)
+level = next(level for level in levels_of(search.student, 2) if level.name == "branches")
+freed = search._freed(search._evaluate(evenly(search.student, level, 0.6)))
+assert freed.schedule.blend
+refined = sorted(refine_all(search.student, freed.schedule, freed.coefficients)[0].items())
 if group.rank == 0:
     terms = sorted((mask.forecast.terms if mask.forecast else {{}}).items())
-    print("LEARNED", json.dumps([mask.compute.tolist(), terms, [x.tolist() for x in probes]]), flush=True)
+    print("LEARNED", json.dumps([mask.compute.tolist(), terms, [x.tolist() for x in probes], refined]), flush=True)
 """
 
 

@@ -10,6 +10,7 @@ from conftest import ddim, labels, tiny_dit, tiny_unet
 
 import fxmask
 from fxmask import InputError, MaskError, OutcomeError
+from fxmask.adjoint import refine_all, refinement_cost
 from fxmask.candidates import Level, evenly, levels_of, measure_probes, measure_runs, place, place_blocks
 from fxmask.learning import EFFORTS, Effort, Limits, Search
 from fxmask.mask import INPUT
@@ -406,31 +407,39 @@ def test_latency_of_every_node(unet, backend):
     assert all(prices[n.name] == 0 for n in program.graph_module.graph.nodes if n.op in ("placeholder", "output", "get_attr"))
 
 
-def test_an_output_of_reused_blocks_is_blended_with_a_stochastic_sampler(unet):
-    """What the student scores with a blend is what runs, refining it helps, and with a deterministic sampler there is none."""
+def test_reused_blocks_are_scaled_and_the_output_is_blended_with_a_stochastic_sampler(unet):
+    """What the student scores is what runs, refining it helps, and an output that is formed stays as it is."""
     program, runs = unet
     search = Search(program, runs, EFFORTS["default"], Limits(), 0, False)
     student = search.student
     level = next(x for x in search.levels if x.name == "branches" and x.history == 1)
     schedule = evenly(student, level, 0.6)
     plain = search._evaluate(schedule)
-    blended = search._blended(plain)
-    assert blended.schedule.blend == 1
-    terms = {step: terms for (step, name), terms in blended.coefficients.items() if name == student.output}
-    assert [len(terms[i]) for i in range(8)] == [3 if loads else 1 for loads in schedule.loads]
-    refined, score = student.refine(blended.schedule, blended.coefficients, 1)
+    freed = search._freed(plain)
+    assert freed.schedule.blend == 1
+    assert student.score(student.rollout(freed.schedule, freed.coefficients)) == pytest.approx(plain.score, abs=1e-3)
+    terms = {step: terms for (step, name), terms in freed.coefficients.items() if name == student.output}
+    assert [len(terms[i]) for i in range(8)] == [4 if loads else 1 for loads in schedule.loads]
+    units = student.units
+    refined, score = refine_all(student, freed.schedule, freed.coefficients)
+    assert student.units - units == pytest.approx(refinement_cost(student, freed.schedule), rel=1e-6)
     assert score < plain.score
-    mask = student.mask(blended.schedule, refined)
+    mask = student.mask(freed.schedule, refined)
     step = next(i for i, loads in enumerate(schedule.loads) if loads)
     assert mask.blends(step, student.output)
     assert not mask.blends(0, student.output)
     plan = fxmask.rectify(program, mask)
     assert 1 / plan.mac_ratio == pytest.approx(student.spent(schedule), rel=1e-9)
     final = runs[0].rollout(fxmask.compile(program, plan, "eager"))
-    rolled = student.rollout(blended.schedule, refined)
+    rolled = student.rollout(freed.schedule, refined)
     assert torch.allclose(final, rolled.finals[0], rtol=1e-3, atol=1e-4)
     held = search._evaluate(evenly(student, next(x for x in search.levels if x.name == "output"), 0.6))
-    assert search._blended(held) == held, "an output that is formed is blended already"
+    assert search._freed(held) == held, "an output that is formed is blended already"
+    needed = plan.peak_cache_bytes
+    search.limits = Limits(max_cache_bytes=needed)
+    assert search._freed(plain) == freed
+    search.limits = Limits(max_cache_bytes=needed - 1)
+    assert search._freed(plain) == plain, "more coefficients need more cache than is allowed"
 
 
 def test_levels_of_different_cost_are_mixed_optimally(unet):
@@ -489,3 +498,36 @@ def test_the_last_refit_is_kept_only_if_all_images_are_better_for_it(dit, monkey
     other = Search(program, runs, EFFORTS["default"], Limits(), 0, False)
     assert other._refitted(candidate, judged) == candidate.coefficients
     assert point.mac_ratio == pytest.approx(2, rel=0.03)
+
+
+def test_a_denoiser_without_derivatives(caplog):
+    """Custom operators often have none; with a stochastic sampler that rules out some plans, and nothing else."""
+
+    @torch.library.custom_op("fxmask_tests::bent", mutates_args=())
+    def bent(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x)
+
+    bent.register_fake(torch.empty_like)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp = torch.nn.Conv2d(1, 8, 3, padding=1)
+            self.layers = torch.nn.ModuleList(torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+            self.out = torch.nn.Conv2d(8, 1, 3, padding=1)
+
+        def forward(self, sample, timestep):
+            x = self.inp(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
+            for layer in self.layers:
+                x = x + layer(bent(x))
+            return self.out(x)
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    example = {"sample": torch.zeros(2, 1, 8, 8)}
+    runs = [fxmask.record(model, ddim(), 8, 2, example, {"eta": 1.0}, seed) for seed in range(3)]
+    program = fxmask.capture(model, runs[0].calls[0][0])
+    with caplog.at_level("INFO", logger="fxmask"):
+        mask = fxmask.learn(program, runs, speedup=1.5)
+    assert fxmask.rectify(program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
+    assert "has no derivatives" in caplog.text
