@@ -7,7 +7,8 @@ The seam: ``learn(program, calls, outcome) -> Mask``. Nothing outside this modul
     2. for the best levels, errors of runs are measured and full steps placed by dynamic programming; the branches also get
        a mask each (``candidates``)
     3. local search: neighbours of the best schedules, each judged on a rollout
-    4. coefficients are refined against the final samples (``Student.refine``)
+    4. coefficients are refined against the final samples (``Student.refine``; with a stochastic sampler there are more of
+       them, for ``adjoint.refine_all``)
     5. the best few are compared on noise that none of this has seen; that decides, and a last step of refinement uses it
 
 The work is counted in full sampling runs of the recorded trajectories (``effort``). Every measurement goes through a
