@@ -31,7 +31,7 @@ from quality_cells import (
     columns,
     searching,
 )
-from quality_converged import CONVERGED, CONVERGED_IMAGES, compare_with_converged, measure_solver
+from quality_converged import CONVERGED_IMAGES, compare_with_converged, measure_solver
 from quality_fid import fid_table, measure_fid
 from quality_rivals import coarse_ddim, rivals
 from quality_seeds import measure_seeds, seeds_table
@@ -46,7 +46,7 @@ PARTS = {
     "seeds": "the spread over learning seeds (DDPM and DiT, 20 deterministic steps)",
     "fid": "FID on classifier features (the same cells)",
     "tables": "the form of the paper's Tables 4 and 5 (DDPM, 20 deterministic steps)",
-    "converged": "everything against 1,000 steps",
+    "converged": "everything against about 1,000 steps",
 }
 
 
@@ -146,14 +146,16 @@ USUAL = ("fxmask", "fxmask quick", "fewer steps, scheduler's grid", "whole outpu
 INTRODUCTION = f"""# Quality at equal MACs
 
 Made by `python examples/quality.py`. {EVALUATION} samples per row, noise that learning has not seen, PSNR per image in dB
-against the same sampler with the same noise: mean and 10th percentile. *Converged*: mean PSNR of the first
-{CONVERGED_IMAGES} against {CONVERGED:,} steps from the same noise (with the stochastic sampler, a Brownian bridge of it); the
-only column in which plans on DDIM and plans on DPM-Solver++ can be compared. *Classes*: share of samples that the shipped
-classifier puts in the class of the full sampler's. *Units*: learning, in full sampling runs of the images that are learned
-from: 32 at 20 steps, 16 at 50; with the stochastic sampler 64 (DiT: 128) at 20 steps, 16 (DDPM: 32, DiT: 64) at 50. The ratios
-of a cell share what is measured, 2x comes first and pays for it. *Graphs*: distinct step graphs. Fixed plans (reuse,
-forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without guidance; `ldm` and `pixart` are compared
-after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the variance-weighted sum of the full noise.
+against the same sampler with the same noise: mean and 10th percentile. *Converged*: mean PSNR of the first {CONVERGED_IMAGES}
+against DDIM at every timestep from the full sampler's first one on, about 1,000 steps, from the same noise (with the stochastic
+sampler, a Brownian bridge of it); the only column in which plans on DDIM and plans on DPM-Solver++ can be compared. Grids with
+fewer steps begin at another timestep, and `ddpm` and `dit` clip at every step, the more often the more steps there are.
+*Classes*: share of samples that the shipped classifier puts in the class of the full sampler's. *Units*: learning, in full
+sampling runs of the images that are learned from: 32 at 20 steps, 16 at 50; with the stochastic sampler 64 (DiT: 128) at 20
+steps, 16 (DDPM: 32, DiT: 64) at 50. The ratios of a cell share what is measured, 2x comes first and pays for it. *Graphs*:
+distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without
+guidance; `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the
+variance-weighted sum of the full sampler's noise.
 """
 
 

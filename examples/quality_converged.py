@@ -1,6 +1,8 @@
-"""Against the converged solution: fxmask learned on DPM-Solver++, and everything else, compared with 1,000 steps.
+"""Against the converged solution: fxmask learned on DPM-Solver++, and everything else, compared with about 1,000 steps.
 
-Two solvers with as many steps end at different images, so that neither can be the other's reference; what both approximate can.
+Two solvers with as many steps end at different images, so that neither can be the other's reference; what both approximate can:
+DDIM at every timestep from the full sampler's first one on. (Grids of other lengths begin elsewhere, from the same noise, and
+approximate another solution by that.)
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from fxmask.metrics import psnr
 from fxmask.saving import load_plan, save_mask
 from fxmask.trajectory import Trajectory
 
-CONVERGED = 1000
-CONVERGED_IMAGES = 64  # the first of a row's; 1,000 steps take long
+CONVERGED_IMAGES = 64  # the first of a row's; about 1,000 steps take long
 SOLVER = "DPM-Solver++"
 
 
@@ -59,24 +60,21 @@ def bridge(run: Trajectory, eta: float, generator: torch.Generator) -> tuple[lis
     return timesteps, noises
 
 
-def _stochastic(cell: Cell, run: Trajectory, generator: torch.Generator) -> torch.Tensor:
+def _converged(cell: Cell, run: Trajectory, generator: torch.Generator) -> torch.Tensor:
     timesteps, noises = bridge(run, cell.eta, generator)
     return coarse_ddim(cell.model, run, timesteps, cell.eta, noises)
 
 
 def converged_images(cell: Cell, folder: Path) -> torch.Tensor:
-    """The first images of a cell's fresh noise with 1,000 steps. Deterministic cells of one family share them."""
-    path = folder / (f"converged-{cell.name}.pt" if cell.eta else f"converged-{cell.family}.pt")
+    """The first images of a cell's fresh noise with every timestep."""
+    path = folder / f"converged-{cell.name}.pt"
     if not path.exists():
         evaluation = Evaluation(cell)
         runs = evaluation.runs[: CONVERGED_IMAGES // evaluation.runs[0].batch_size]
         generator = torch.Generator().manual_seed(0)
         finals = []
         for run in runs:
-            if cell.eta:
-                finals.append(_stochastic(cell, run, generator))
-            else:  # less the offset, which would lead beyond the last timestep
-                finals.append(run.with_steps(cell.model, CONVERGED - run.scheduler.config.steps_offset).final)
+            finals.append(_converged(cell, run, generator))
             print(f"{path.stem}: {len(finals)} of {len(runs)} runs", flush=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         torch.save(cell.decode(torch.cat(finals)), partial)
@@ -108,7 +106,7 @@ def restore_images(cell: Cell, results: Results) -> None:
 
 
 def compare_with_converged(cell: Cell, folder: Path) -> None:
-    """PSNR of the kept images of a cell against 1,000 steps from the same noise."""
+    """PSNR of the kept images of a cell against every timestep from the same noise."""
     results = Results(folder / f"{cell.name}.json")
     restore_images(cell, results)
     for key, row in list(results.rows.items()):
