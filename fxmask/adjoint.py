@@ -31,11 +31,14 @@ Term = tuple[int, str, int]  # (step, block, term)
 
 
 def acts_by_element(trajectory: Trajectory) -> bool:
-    """Whether samples and outputs have one shape, so that every element of an output may move its own of the next sample."""
+    """Whether samples and outputs have one shape, so that every element of an output may move its own of the next sample.
+
+    Not in half precision, in which small differences are lost.
+    """
     shape = trajectory.final.shape
     samples = [call[trajectory.sample] for step in trajectory.calls for call in step]
     outputs = [output for step in trajectory.outputs for output in step]
-    return all(x.shape == shape and x.is_floating_point() for x in (*samples, *outputs))
+    return all(x.shape == shape and x.dtype in (torch.float32, torch.float64) for x in (*samples, *outputs))
 
 
 def _gains(

@@ -115,7 +115,7 @@ def has_derivatives(program: Program) -> bool:
     tensors = list(program.example.tensors.values())
     outputs, _ = _forward(program.graph_module, tensors, {})
     try:
-        outputs[0].sum().backward()
+        outputs[0].sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         logger.info("the denoiser has no derivatives, so plans that need them are not tried: %s", error)
         return False

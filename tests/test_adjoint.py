@@ -116,4 +116,6 @@ def test_a_prediction_that_is_no_sample_is_not_differentiated():
     model = tiny_dit(out_channels=2)  # a learned variance
     run = fxmask.record(model, ddim(), 3, 2, labels, {"eta": 1.0})
     assert not acts_by_element(run)
-    assert acts_by_element(replace(run, outputs=tuple((step[0][:, :1],) for step in run.outputs)))
+    own = replace(run, outputs=tuple((step[0][:, :1],) for step in run.outputs))
+    assert acts_by_element(own)
+    assert not acts_by_element(replace(own, outputs=tuple((step[0].half(),) for step in own.outputs)))
