@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fxmask.mask import INPUT, Slot, slot_of
-from fxmask.student import Coefficients, Rollout, Schedule, Student, Terms, formed_value, moved_by, per_image
+from fxmask.student import Coefficients, Rollout, Schedule, Student, Terms, damped_step, formed_value, moved_by, per_image
 from fxmask.trajectory import Trajectory
 
 NUDGE = 1e-3  # of finite differences through the sampler
@@ -80,8 +80,7 @@ def refine_all(
     base = student.rollout(schedule, coefficients, keep=True)
     score = student.score(base)
     terms = free_terms(coefficients)
-    counts = student.group.gather([torch.tensor(len(student.trajectories))])
-    first = int(sum(counts[: student.group.rank]))  # of this rank's share, among the trajectories of all ranks
+    first = student.first_trajectory()
     residuals = student.residuals(base)
     directions = [
         _directions(residual, t.final, 7919 * seed + first + n)
@@ -98,10 +97,8 @@ def refine_all(
     normal = student.group.sum(parts)
     trials = [(score, dict(coefficients))]
     for damping in DAMPING:
-        matrix = normal[:-1, :-1] + damping * torch.diag(normal.diagonal()[:-1]) + 1e-12 * torch.eye(len(terms))
-        move = torch.linalg.solve(matrix, -normal[:-1, -1])
         trial = dict(coefficients)
-        for (step, block, k), amount in zip(terms, move.tolist(), strict=True):
+        for (step, block, k), amount in zip(terms, damped_step(normal, damping), strict=True):
             trial = moved_by(trial, step, (block,), k, amount)
         trials.append((student.score(student.rollout(schedule, trial)), trial))
     found_score, best = min(trials, key=lambda trial: trial[0])
@@ -249,12 +246,12 @@ class _Backward:
         present = torch.zeros_like(adjoint)
         for k, (source, c) in enumerate(self.used[step, block]):
             slot = slot_of(source, block, i)
-            own = computed is not None and source == step
-            value = computed if own and computed is not None else self.stored[lane][slot]
+            own = computed if source == step else None
+            value = self.stored[lane][slot] if own is None else own
             column = self.columns.get((step, block, k))
             if column is not None:
                 self.found[m, :, column] += per_image(adjoint.double() * value.double(), self.trajectory.batch_size).cpu()
-            if own:
+            if own is not None:
                 present = c * adjoint
             elif slot.block == INPUT:
                 at = self.position[slot.step, lane]

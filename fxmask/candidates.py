@@ -126,8 +126,7 @@ def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
     """Probes of some blocks, from forwards and backwards through every recorded call of the first lane."""
     lanes = len(student.order) / student.num_steps
     student.units += (1 + 2 * PROBES) / lanes  # of each step: one forward pass, and a backward pass of twice that per probe
-    counts = student.group.gather([torch.tensor(len(student.trajectories))])
-    first = int(sum(counts[: student.group.rank]))  # of this rank's share, among the trajectories of all ranks
+    first = student.first_trajectory()
     parts = [_probes_of(student, t, first + n, blocks) for n, t in enumerate(student.trajectories)]
     probes = torch.cat(student.group.gather(parts), dim=1).double()
     return Probes(probes.pow(2).mean(dim=1), probes[..., 0].sum(dim=2).pow(2).mean(dim=1))

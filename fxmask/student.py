@@ -153,8 +153,7 @@ class Student:
         else:
             plain = bool(schedule.samples) and not reads
             steps = earlier[: 1 + schedule.blend if plain else schedule.history]
-        latest = dict.fromkeys([step, *earlier])
-        return [*steps, *((INPUT, j) for j in list(latest)[: schedule.samples if reads else 0])]
+        return [*steps, *((INPUT, j) for j in [step, *earlier][: schedule.samples if reads else 0])]
 
     @functools.cached_property
     def output(self) -> str | None:
@@ -337,6 +336,11 @@ class Student:
         """Count the work of one call of every trajectory; alike on every rank, whatever its share."""
         self.units += macs / max(1, self.program.macs * len(self.order))
 
+    def first_trajectory(self) -> int:
+        """Number of this rank's first trajectory among those of all ranks: random numbers must not depend on the ranks."""
+        counts = self.group.gather([torch.tensor(len(self.trajectories))])
+        return int(sum(counts[: self.group.rank]))
+
     # Errors
 
     def errors(self, rollout: Rollout) -> torch.Tensor:
@@ -408,10 +412,8 @@ class Student:
             normal = self.group.sum(parts)
             trials = []
             for damping in DAMPING:
-                matrix = normal[:-1, :-1] + damping * torch.diag(normal.diagonal()[:-1]) + 1e-12 * torch.eye(len(directions))
-                move = torch.linalg.solve(matrix, -normal[:-1, -1])
                 trial = dict(best)
-                for (step, names, k), amount in zip(directions, move.tolist(), strict=True):
+                for (step, names, k), amount in zip(directions, damped_step(normal, damping), strict=True):
                     trial = moved_by(trial, step, names, k, length * amount)
                 rolled = self.rollout(schedule, trial, keep=True)
                 trials.append((self.score(rolled), trial, rolled))
@@ -445,6 +447,13 @@ def formed_value(block: str, i: int, terms: Terms, cache: Cache) -> torch.Tensor
     """Cut value ``i`` of a block, formed from cached values."""
     values, coefficients = [cache[slot_of(source, block, i)] for source, _ in terms], [c for _, c in terms]
     return values[0] if coefficients == [1.0] else form(values, coefficients)
+
+
+def damped_step(normal: torch.Tensor, damping: float) -> list[float]:
+    """Step of Gauss-Newton, from the second moments float64 ``[P + 1, P + 1]`` of (P derivatives, error)."""
+    matrix = normal[:-1, :-1] + damping * torch.diag(normal.diagonal()[:-1]) + 1e-12 * torch.eye(len(normal) - 1)
+    step: list[float] = torch.linalg.solve(matrix, -normal[:-1, -1]).tolist()
+    return step
 
 
 def per_image(x: torch.Tensor, images: int) -> torch.Tensor:
