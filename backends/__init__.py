@@ -8,11 +8,11 @@ if __name__ != "fxmask.backends":  # see passes/__init__.py
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fxmask.backends.compiler import Compiler
 from fxmask.backends.cudagraph import CudaGraphs
 from fxmask.backends.eager import Eager
 from fxmask.backends.inductor import Regions, WholeGraphs
 from fxmask.backends.package import Packages
+from fxmask.backends.protocol import Compiler
 from fxmask.errors import BackendError
 
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from fxmask.backends.compiler import Compiler
 from fxmask.backends.inductor import Regions
+from fxmask.backends.protocol import Compiler
 from fxmask.errors import BackendError
 
 WARM_UPS = 2  # runs before a capture: what is compiled or allocated at a first call must not be captured
@@ -25,14 +25,14 @@ WARM_UPS = 2  # runs before a capture: what is compiled or allocated at a first 
 Tensors = Sequence[torch.Tensor]
 
 
-class Recorder(Protocol):
+class Capturer(Protocol):
     """Records a function's work on static memory."""
 
     def record(self, run: Callable[..., Tensors], inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
         """A function that does the recorded work again, and the tensors that it writes its results to."""
 
 
-class CudaRecorder:
+class CudaCapturer:
     """Records CUDA graphs into one memory pool."""
 
     def __init__(self) -> None:
@@ -72,29 +72,29 @@ class CudaGraphs:
 
     Args:
         inner: compiles the graphs that are captured.
-        recorder: captures them.
+        capturer: captures them.
     """
 
-    def __init__(self, inner: Compiler | None = None, recorder: Recorder | None = None) -> None:
+    def __init__(self, inner: Compiler | None = None, capturer: Capturer | None = None) -> None:
         self._inner = inner or Regions()
-        self._recorder = recorder or CudaRecorder()
+        self._capturer = capturer or CudaCapturer()
         self._lock = threading.Lock()  # captured graphs share their memory: one runs at a time
 
-    def learn(self, graph_modules: Sequence[fx.GraphModule]) -> None:
+    def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """See all step graphs of a plan before the first of them is compiled."""
-        self._inner.learn(graph_modules)
+        self._inner.prepare(graph_modules)
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable that captures at its first call."""
-        return _Captured(self._inner.compile(graph_module), self._recorder, self._lock)
+        return _Captured(self._inner.compile(graph_module), self._capturer, self._lock)
 
 
 class _Captured:
     """A step graph behind static inputs and outputs."""
 
-    def __init__(self, run: Callable[..., Tensors], recorder: Recorder, lock: threading.Lock) -> None:
+    def __init__(self, run: Callable[..., Tensors], capturer: Capturer, lock: threading.Lock) -> None:
         self._run = run
-        self._recorder = recorder
+        self._capturer = capturer
         self._lock = lock
         self._inputs: list[torch.Tensor] = []
         self._outputs: Tensors = ()
@@ -105,7 +105,7 @@ class _Captured:
         with self._lock:
             if self._replay is None:
                 self._inputs = [x.clone() for x in arguments]
-                self._replay, self._outputs = self._recorder.record(self._run, self._inputs)
+                self._replay, self._outputs = self._capturer.record(self._run, self._inputs)
             for static, x in zip(self._inputs, arguments, strict=True):
                 static.copy_(x, non_blocking=True)
             self._replay()

@@ -11,7 +11,7 @@ from torch import fx
 class Eager:
     """The graph's own generated Python code."""
 
-    def learn(self, graph_modules: Sequence[fx.GraphModule]) -> None:
+    def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """Nothing depends on other graphs."""
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:

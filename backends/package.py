@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask.backends.inductor import can_compile, restride, schedule
+from fxmask._torch import aoti_compile, aoti_load
+from fxmask.backends.inductor import can_compile
+from fxmask.backends.straight_line import chain_regions, restride
 from fxmask.errors import BackendError
-from fxmask.passes.split_regions import Region, Vocabulary, structure
+from fxmask.passes.merge_regions import Vocabulary
+from fxmask.passes.split_regions import Region, structure
 
 # Compiling a package costs as much as this many nodes, whatever is in it.
 PACKAGE_NODES = 200
@@ -67,7 +70,7 @@ class Packages:
         self._device = device
         self._closed = closed
         self._vocabulary = Vocabulary(PACKAGE_NODES)
-        self._learned = False
+        self._prepared = False
         self._parts: dict[str, _Part] = {}
         self._folder: Path | None = None  # for what is compiled; goes with this object
         self._warned = False
@@ -78,21 +81,21 @@ class Packages:
         """What was compiled or loaded so far, by name."""
         return {name: part.package for name, part in self._parts.items() if part.package is not None}
 
-    def learn(self, graph_modules: Sequence[fx.GraphModule]) -> None:
+    def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """Choose the parts: regions if these cost at most half of what whole graphs cost, and then merged up to that half."""
-        if self._learned:
+        if self._prepared:
             return
         whole = self._vocabulary.uncut(graph_modules)
-        if self._vocabulary.learn(graph_modules, whole // 2) > whole // 2:
-            self._vocabulary.learn(graph_modules, whole)
-        self._learned = True
+        if self._vocabulary.choose_merges(graph_modules, whole // 2) > whole // 2:
+            self._vocabulary.choose_merges(graph_modules, whole)
+        self._prepared = True
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable whose parts are loaded now, or compiled at their first call."""
         if not self._closed and not can_compile(graph_module):
             return graph_module
         regions = self._vocabulary.split(graph_module)
-        return schedule(graph_module, regions, [self._part(r.key, functools.partial(_graph_of, r)) for r in regions])
+        return chain_regions(graph_module, regions, [self._part(r.key, functools.partial(_graph_of, r)) for r in regions])
 
     def compile_batched(self, row: fx.GraphModule, num_steps: int, trace: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
         """A callable that computes ``trace()``, which is ``row`` for all steps at once. It is traced only to be compiled.
@@ -185,13 +188,10 @@ def build_package(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor
     """
     global compilations
     compilations += 1
-    options = {}
-    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
-        options["aot_inductor.enable_line_tables"] = False  # three quarters of a package would be for debuggers
     try:
         with torch.no_grad():
             exported = torch.export.export(graph_module, tuple(x.detach() for x in arguments), strict=False)
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+            aoti_compile(exported, path)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise BackendError(f"a part of the step graphs cannot be compiled ahead of time: {reason}") from error
@@ -204,10 +204,7 @@ def load_package(path: Path, device: torch.device | None) -> Callable[[list[torc
         BackendError: it is no package, or not for this machine.
     """
     index = -1 if device is None or device.index is None or device.type == "cpu" else device.index
-    # torch._inductor.aoti_load_package would first call the C++ compiler, to name the processor's vector instructions.
-    loader: Any = torch._C._aoti.AOTIModelPackageLoader
     try:
-        run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader(str(path), "model", False, 1, index).boxed_run
+        return aoti_load(path, index)
     except RuntimeError as error:
         raise BackendError(f"{path} cannot be loaded: {next(iter(str(error).splitlines()), '')}") from error
-    return run

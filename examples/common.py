@@ -14,7 +14,7 @@ import torch
 
 import fxmask
 from fxmask.metrics import psnr
-from fxmask.report import draw_mask
+from fxmask.tools.draw import draw_mask
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,7 +75,15 @@ def compare(
     print(accelerated.report())
 
     def record(steps: int, seed: int) -> fxmask.Trajectory:
-        return fxmask.record(model, scheduler, steps, BATCH, example_inputs, step_kwargs, seed)
+        return fxmask.record(
+            model,
+            scheduler,
+            num_inference_steps=steps,
+            batch_size=BATCH,
+            example_inputs=example_inputs,
+            step_kwargs=step_kwargs,
+            seed=seed,
+        )
 
     seeds = range(options.seed + 1000, options.seed + 1000 + options.batches)  # noise that learning has not seen
     fresh = [record(options.steps, seed) for seed in seeds]

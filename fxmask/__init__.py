@@ -1,7 +1,7 @@
 """fxmask: an optimising compiler for the sampling loop of diffusion models."""
 
 from fxmask import policies, reference
-from fxmask.api import accelerate, compile, load
+from fxmask.api import accelerate, compile, learn, load, pareto
 from fxmask.errors import (
     BackendError,
     CaptureError,
@@ -13,15 +13,26 @@ from fxmask.errors import (
     PassError,
     SchedulerError,
 )
-from fxmask.learning import ParetoPoint, learn, pareto
-from fxmask.mask import Forecast, Mask, Plan
+from fxmask.frontend.capture import capture
+from fxmask.ir.block import Block
+from fxmask.ir.forecast import Forecast
+from fxmask.ir.mask import Mask
+from fxmask.ir.plan import Plan
+from fxmask.ir.program import Program
+from fxmask.learning.candidate import ParetoPoint
+from fxmask.learning.paper.options import PaperOptions
+from fxmask.metrics import psnr, relative_error
+from fxmask.passes.observer import observe, switched_off
 from fxmask.passes.rectify import rectify
-from fxmask.pipelines import PipelineTrajectory, record_pipeline
-from fxmask.program import Block, Program
-from fxmask.report import Report
-from fxmask.runtime import AcceleratedModel, Generation
-from fxmask.tracing import capture
-from fxmask.trajectory import Trajectory, record
+from fxmask.runtime.generation import Generation
+from fxmask.runtime.model import AcceleratedModel
+from fxmask.runtime.report import Report
+from fxmask.sampling.block_values import block_values
+from fxmask.sampling.pipeline_trajectory import PipelineTrajectory, record_pipeline
+from fxmask.sampling.sampler import Sampler
+from fxmask.sampling.trajectory import Trajectory, record
+from fxmask.tools.diagnosis import Diagnosis, diagnose
+from fxmask.tools.draw import draw_mask, draw_pareto
 
 __version__ = "0.1.0"
 
@@ -30,6 +41,7 @@ __all__ = [
     "BackendError",
     "Block",
     "CaptureError",
+    "Diagnosis",
     "DistributedError",
     "Forecast",
     "FxmaskError",
@@ -38,23 +50,33 @@ __all__ = [
     "Mask",
     "MaskError",
     "OutcomeError",
+    "PaperOptions",
     "ParetoPoint",
     "PassError",
     "PipelineTrajectory",
     "Plan",
     "Program",
     "Report",
+    "Sampler",
     "SchedulerError",
     "Trajectory",
     "accelerate",
+    "block_values",
     "capture",
     "compile",
+    "diagnose",
+    "draw_mask",
+    "draw_pareto",
     "learn",
     "load",
+    "observe",
     "pareto",
     "policies",
+    "psnr",
     "record",
     "record_pipeline",
     "rectify",
     "reference",
+    "relative_error",
+    "switched_off",
 ]

@@ -1,32 +1,44 @@
-"""accelerate(): the visible, ordered list of stages. The only module that knows them all."""
+"""The visible, ordered list of stages behind accelerate(), learn(), load() and compile(). Only this module knows them all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from fxmask._torch import pytree
 from fxmask.backends import get_backend
-from fxmask.distributed import Group
 from fxmask.errors import InputError, MaskError
-from fxmask.inputs import ExampleInputs, module_device
-from fxmask.learning import learn
-from fxmask.mask import Mask, Plan
-from fxmask.outcome import Outcome
-from fxmask.packaging import is_package, read_package
+from fxmask.frontend.capture import capture
+from fxmask.frontend.examples import ExampleInputs
+from fxmask.frontend.modules import module_device
+from fxmask.ir.mask import Mask
+from fxmask.ir.plan import Plan
+from fxmask.ir.program import Program
+from fxmask.learning.candidate import ParetoPoint
+from fxmask.learning.effort import EFFORTS, Limits
+from fxmask.learning.outcome import Outcome
+from fxmask.learning.paper.learner import learn_paper
+from fxmask.learning.paper.options import PaperOptions
+from fxmask.learning.ranks import Group
+from fxmask.learning.search import Search
 from fxmask.passes.rectify import rectify
-from fxmask.program import Program
-from fxmask.runtime import AcceleratedModel
-from fxmask.saving import differences, load_plan, scheduler_facts
-from fxmask.tracing import capture
-from fxmask.trajectory import record
+from fxmask.runtime.model import AcceleratedModel
+from fxmask.sampling.sampler import Sampler
+from fxmask.sampling.trajectory import record
+from fxmask.storage.folders import differences
+from fxmask.storage.packages import is_package, read_package
+from fxmask.storage.plans import load_plan, scheduler_facts
 
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
+LEARNERS = ("default", "paper")
+COSTS = ("macs", "latency")
+
+T = TypeVar("T")
 
 
 def accelerate(
@@ -78,7 +90,7 @@ def accelerate(
         progress: show progress bars.
 
     Returns:
-        The accelerated model, to be used in place of ``model``.
+        The accelerated model, to be used in place of ``model``; ``accelerated.original`` is ``model``, as it was.
 
     Raises:
         InputError, SchedulerError, OutcomeError, MaskError, CaptureError: each says what to do.
@@ -86,35 +98,39 @@ def accelerate(
     outcome = Outcome(speedup, macs, max_error)
     if mask is not None:
         outcome.refuse_with("mask")
+        _expect(mask, Mask, "mask", "fxmask.Mask(compute=..., timesteps=..., blocks=...)")
     get_backend(backend).compiler(mode)
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if model.training:
-        raise InputError(f"{type(model).__name__} is in training mode; call model.eval() first")
-    if mask is None:
-        group = Group.current()
-        seeds = [seed + k for k in range(max(RECORDED_RUNS, 2 * group.size))]
-    else:
-        seeds = [seed]
+    _refuse_no_denoiser(model)
+    # 1. record
     trajectories = [
-        record(model, scheduler, num_inference_steps, RECORDED_BATCH, example_inputs, step_kwargs, s)
-        for s in tqdm(seeds, desc="recording", unit="run", disable=not progress)
+        record(
+            model,
+            scheduler,
+            num_inference_steps=num_inference_steps,
+            batch_size=RECORDED_BATCH,
+            example_inputs=example_inputs,
+            step_kwargs=step_kwargs,
+            seed=s,
+        )
+        for s in tqdm(_seeds(seed, mask, learner), desc="recording", unit="run", disable=not progress)
     ]
     first = trajectories[0]
+    # 2. capture, and find the blocks
     program = capture(model, first.calls[0][0])
+    # 3. learn
     if mask is None:
         mask = learn(
             program,
             trajectories,
-            speedup,
-            macs,
-            max_error,
-            max_graphs,
-            seed,
-            progress,
+            speedup=speedup,
+            macs=macs,
+            max_error=max_error,
+            max_graphs=max_graphs,
+            max_cache_bytes=max_cache_bytes,
+            seed=seed,
+            progress=progress,
             learner=learner,
             effort=effort,
-            max_cache_bytes=max_cache_bytes,
             checkpoint=checkpoint,
             cost=cost,
             backend=backend,
@@ -125,9 +141,147 @@ def accelerate(
             f"{first.num_steps} from {first.timesteps[0]:g}; pass the num_inference_steps and scheduler that the "
             "mask was made for"
         )
+    # 4. rectify
     plan = rectify(program, mask)
-    accelerated = compile(program, plan, backend, mode)
-    return _finish(accelerated, _facts(scheduler, num_inference_steps, step_kwargs), progress)
+    # 5. specialise and compile
+    facts = _sampler_facts(scheduler, num_inference_steps, step_kwargs)
+    accelerated = AcceleratedModel(program, plan, backend, mode, facts=facts)
+    return accelerated if backend == "eager" else accelerated.compile_all(progress=progress)
+
+
+def learn(
+    program: Program,
+    calls: Sampler | Sequence[Sampler],
+    *,
+    speedup: float | None = None,
+    macs: float | None = None,
+    max_error: float | None = None,
+    max_graphs: int | None = None,
+    max_cache_bytes: int | None = None,
+    learner: str = "default",
+    effort: str = "default",
+    checkpoint: str | Path | None = None,
+    options: PaperOptions | None = None,
+    cost: str = "macs",
+    backend: str = "inductor",
+    seed: int = 0,
+    progress: bool = True,
+) -> Mask:
+    """Choose the mask, and its forecasts, that meet an outcome with the smallest error of the final samples.
+
+    Args:
+        program: the captured denoiser.
+        calls: recorded sampling runs. Of several, the last quarter is kept for the final comparison; of one alone, runs
+            with fresh noise are recorded for it.
+        speedup: ratio of total MACs, e.g. 2.0, which is also the default outcome.
+        macs: or the fraction of the full MACs to keep.
+        max_error: or the largest relative L2 error of the final samples, on held-out noise. If nothing that saves MACs keeps
+            it, the mask computes everything, with a warning.
+        max_graphs: at most this many distinct step graphs.
+        max_cache_bytes: bound of ``Plan.peak_cache_bytes``, at the captured batch size.
+        learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939, which takes neither ``effort`` nor
+            ``checkpoint`` and learns from the first recorded run.
+        effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25)
+            or ``"quick"`` (18).
+        checkpoint: a file that keeps what was measured; the same call goes on from it.
+        options: of the paper's learner.
+        cost: what a speed-up is a ratio of: ``"macs"``, or ``"latency"``, seconds measured on this machine
+            (``fxmask.learning.prices``). ``macs=`` is then a fraction of the full run's seconds.
+        backend: what latencies are measured with.
+        seed: of everything random. Same seed, same mask.
+        progress: show a progress bar. Ctrl-C ends the learning and returns the best plan so far.
+
+    Raises:
+        InputError: an option is unknown or of another learner, or the recorded runs do not belong together.
+        OutcomeError: the outcome is contradictory or out of reach; says what is reachable.
+    """
+    _expect(program, Program, "program", "fxmask.learn(fxmask.capture(model, calls.calls[0][0]), calls)")
+    outcome = Outcome(speedup, macs, max_error)
+    limits = Limits(max_graphs, max_cache_bytes)
+    _check_choice("learner", learner, LEARNERS)
+    _check_choice("effort", effort, tuple(EFFORTS))
+    _check_choice("cost", cost, COSTS)
+    trajectories = _listed(calls)
+    if learner == "paper":
+        refused = {"cost": cost != "macs", "effort": effort != "default", "checkpoint": checkpoint is not None}
+        named = [name for name, given in refused.items() if given]
+        if named:
+            raise InputError(f"learner='paper' counts MACs, has one effort and keeps no checkpoint; leave out {named}")
+        return learn_paper(
+            program, trajectories, outcome, limits=limits, seed=seed, progress=progress, options=options or PaperOptions()
+        )
+    if options is not None:
+        raise InputError("options= are those of learner='paper'; leave them out, or choose that learner")
+    search = Search(
+        program,
+        trajectories,
+        effort=EFFORTS[effort],
+        limits=limits,
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+        cost=cost,
+        backend=backend,
+    )
+    if outcome.max_error is not None:
+        return search.meet_error(outcome.max_error).mask
+    return search.best(outcome.budget).mask
+
+
+def pareto(
+    program: Program,
+    calls: Sampler | Sequence[Sampler],
+    *,
+    speedups: Iterable[float] = (1.5, 2.0, 3.0),
+    max_graphs: int | None = None,
+    max_cache_bytes: int | None = None,
+    effort: str = "default",
+    checkpoint: str | Path | None = None,
+    cost: str = "macs",
+    backend: str = "inductor",
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[ParetoPoint, ...]:
+    """Plans for several speed-ups from one run of learning; what is measured is shared. Arguments as for ``learn``.
+
+    ``fxmask.draw_pareto(points, axes)`` plots error against MACs.
+    """
+    _expect(program, Program, "program", "fxmask.pareto(fxmask.capture(model, calls.calls[0][0]), calls)")
+    _check_choice("effort", effort, tuple(EFFORTS))
+    _check_choice("cost", cost, COSTS)
+    wanted = [Outcome(speedup=s) for s in speedups]
+    search = Search(
+        program,
+        _listed(calls),
+        effort=EFFORTS[effort],
+        limits=Limits(max_graphs, max_cache_bytes),
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+        cost=cost,
+        backend=backend,
+    )
+    return tuple(search.best(outcome.budget) for outcome in wanted)
+
+
+def compile(program: Program, plan: Plan, *, backend: str = "inductor", mode: str | None = None) -> AcceleratedModel:
+    """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
+
+    Args:
+        program: from ``fxmask.capture``.
+        plan: from ``fxmask.rectify`` of the same program.
+        backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
+            ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
+        mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
+
+    Raises:
+        MaskError: the plan belongs to another program.
+        BackendError: unknown backend or mode.
+    """
+    _expect(program, Program, "program", "fxmask.compile(fxmask.capture(model, call), plan)")
+    _expect(plan, Plan, "plan", "fxmask.compile(program, fxmask.rectify(program, mask))")
+    program.require_verified()
+    return AcceleratedModel(program, plan, backend, mode)
 
 
 def load(
@@ -147,7 +301,8 @@ def load(
     Args:
         folder: the saved plan, or the package.
         model: the same architecture, in eval mode; its weights are its own.
-        scheduler: if given, must be what the plan was made for.
+        scheduler: if given, must be what the plan was made for, where that is known: a plan that was compiled by
+            ``fxmask.compile`` knows its timesteps only.
         backend: other than the saved one; a package is then taken for the saved plan that it is too.
         mode: of the backend, other than the saved one.
         progress: show a progress bar while compiling.
@@ -162,33 +317,31 @@ def load(
     mask, facts, example = load_plan(folder)
     _refuse_other_scheduler(folder, facts, scheduler)
     device = module_device(model)
-    roles = {name.split(".")[0]: role for name, role in facts["roles"].items()}
-    program = capture(model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example), roles)
-    if program.fingerprint != mask.fingerprint:
-        names = {b.name for b in program.blocks}
-        missing = [name for name in mask.blocks if name not in names]
-        raise MaskError(
-            f"the plan in {folder} was made for another model: {facts['model']} with fingerprint {mask.fingerprint}, this "
-            f"{type(model).__name__} has {program.fingerprint}"
-            + (f"; it has no blocks {missing[:5]}" if missing else "; it has blocks of these names, but other operators")
-        )
-    accelerated = compile(
+    program = capture(
+        model,
+        pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example),
+        roles={name.split(".")[0]: role for name, role in facts["roles"].items()},
+    )
+    _refuse_other_program(folder, mask, facts, program)
+    accelerated = AcceleratedModel(
         program,
-        rectify(program, mask, facts["start"]),
+        rectify(program, mask, start=facts["start"]),
         backend or facts["backend"],
         mode if backend or mode else facts.get("mode"),
+        facts=_about_sampler(facts),
     )
-    return _finish(accelerated, _about_sampler(facts), progress)
+    return accelerated if (backend or facts["backend"]) == "eager" else accelerated.compile_all(progress=progress)
 
 
 def _load_package(folder: str | Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
     """A model whose step graphs are in a package; they are compared with the model before it is handed out."""
-    package = read_package(folder, model, progress)
+    package = read_package(folder, model, progress=progress)
     _refuse_other_scheduler(folder, package.facts, scheduler)
-    plan = rectify(package.program, package.mask, package.facts["start"])
-    accelerated = AcceleratedModel(package.program, plan, "package", compiler=package.compiler)
-    accelerated._fxmask.facts.update(_about_sampler(package.facts))
-    executor = accelerated._fxmask.variants[package.program.example.key].executor(plan.start)
+    plan = rectify(package.program, package.mask, start=package.facts["start"])
+    accelerated = AcceleratedModel(
+        package.program, plan, "package", compiler=package.compiler, facts=_about_sampler(package.facts)
+    )
+    executor = accelerated.executor
     executor.graphs.prepare(plan)
     if package.compiler.missing:
         raise MaskError(
@@ -202,40 +355,73 @@ def _load_package(folder: str | Path, model: torch.nn.Module, scheduler: Any, pr
     return accelerated
 
 
+def _seeds(seed: int, mask: Mask | None, learner: str) -> list[int]:
+    """Of the runs that are recorded: one where nothing, or only the paper's learner, learns from them."""
+    count = 1 if mask is not None or learner == "paper" else max(RECORDED_RUNS, 2 * Group.current().size)
+    return [seed + k for k in range(count)]
+
+
+def _refuse_no_denoiser(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        holds = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, torch.nn.Module)]
+        hint = (
+            f"; it holds {holds}: accelerate its denoiser, or record the pipeline with fxmask.record_pipeline(pipe, ...) and "
+            "pass that to fxmask.learn"
+            if holds
+            else ""
+        )
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+    if model.training:
+        raise InputError(f"{type(model).__name__} is in training mode; call model.eval() first")
+
+
 def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], scheduler: Any) -> None:
-    found = differences(facts.get("scheduler", {}), scheduler_facts(scheduler)) if scheduler is not None else []
+    known = facts.get("scheduler")
+    found = differences(known, scheduler_facts(scheduler)) if scheduler is not None and known else []
     if found:
         raise MaskError(f"the plan in {folder} was made for another scheduler:\n  " + "\n  ".join(found))
+
+
+def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, Any], program: Program) -> None:
+    if program.fingerprint == mask.fingerprint:
+        return
+    names = {b.name for b in program.blocks}
+    missing = [name for name in mask.blocks if name not in names]
+    raise MaskError(
+        f"the plan in {folder} was made for another model: {facts['model']} with fingerprint {mask.fingerprint}, this "
+        f"{type(program.model).__name__} has {program.fingerprint}"
+        + (f"; it has no blocks {missing[:5]}" if missing else "; it has blocks of these names, but other operators")
+    )
 
 
 def _about_sampler(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
 
 
-def _finish(accelerated: AcceleratedModel, facts: Mapping[str, Any], progress: bool) -> AcceleratedModel:
-    """The model with what ``save`` will write, compiled if its backend compiles anything."""
-    accelerated._fxmask.facts.update(facts)
-    return accelerated if accelerated._fxmask.backend == "eager" else accelerated.compile_all(progress)
-
-
-def _facts(scheduler: Any, num_inference_steps: int, step_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def _sampler_facts(scheduler: Any, num_inference_steps: int, step_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     plain = {key: value for key, value in (step_kwargs or {}).items() if isinstance(value, (bool, int, float, str))}
     return {"scheduler": scheduler_facts(scheduler), "num_inference_steps": num_inference_steps, "step_kwargs": plain}
 
 
-def compile(program: Program, plan: Plan, backend: str = "inductor", mode: str | None = None) -> AcceleratedModel:
-    """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
+def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise InputError(f"{name}={given!r} is unknown; choose one of {list(choices)}")
 
-    Args:
-        program: from ``fxmask.capture``.
-        plan: from ``fxmask.rectify`` of the same program.
-        backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
-            ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
-        mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
 
-    Raises:
-        MaskError: the plan belongs to another program.
-        BackendError: unknown backend or mode.
-    """
-    program.require_verified()
-    return AcceleratedModel(program, plan, backend, mode)
+def _listed(calls: Sampler | Sequence[Sampler]) -> list[Sampler]:
+    trajectories: list[Sampler] = [calls] if isinstance(calls, Sampler) else list(calls) if isinstance(calls, Sequence) else []
+    if not trajectories and isinstance(calls, Sequence):
+        raise InputError("learning needs at least one recorded run; make it with fxmask.record or fxmask.record_pipeline")
+    wrong = next((x for x in trajectories if not isinstance(x, Sampler)), None) if trajectories else calls
+    if wrong is not None:
+        raise InputError(
+            f"learning needs recorded runs, got {type(wrong).__name__}; make them with fxmask.record(model, scheduler) or "
+            "fxmask.record_pipeline(pipe, ...)"
+        )
+    return trajectories
+
+
+def _expect(given: Any, kind: type[T], name: str, call: str) -> None:
+    """Refuse an argument of another type, and name the call that was meant."""
+    if not isinstance(given, kind):
+        raise InputError(f"{name} must be a fxmask.{kind.__name__}, got {type(given).__name__}; call {call}")

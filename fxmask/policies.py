@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from fxmask.errors import MaskError
-from fxmask.mask import Mask
-from fxmask.program import Program
+from fxmask.ir.mask import Mask
+from fxmask.ir.program import Program
 
 Policy = Callable[[Program, Iterable[float]], Mask]
 

@@ -6,26 +6,38 @@ removed, nothing is shared. Every other form of a program is tested against this
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from fxmask.errors import MaskError
-from fxmask.mask import INPUT, Mask
-from fxmask.passes.forecast import form
-from fxmask.program import Program
-from fxmask.trajectory import Trajectory
+from fxmask.ir.calls import RETURN_DICT
+from fxmask.ir.combine import form
+from fxmask.ir.forecast import INPUT, Cache, Slot
+from fxmask.ir.interpret import interpret
+from fxmask.ir.mask import Mask
+from fxmask.ir.program import Program
 
-Cache = dict[tuple[int, str, int], torch.Tensor]  # (step, block, value index) -> stored value
+Steps = Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+"""T steps, each one call (the denoiser's arguments by name) or a sequence of them, one per lane."""
 
 
-def run(
-    program: Program, mask: Mask, calls: Trajectory | Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
-) -> list[Any]:
-    """Run the masked program over the steps of a generation.
+class _Recorded(Protocol):
+    """A recorded trajectory, as far as it matters here."""
+
+    @property
+    def calls(self) -> Sequence[Sequence[Mapping[str, Any]]]: ...
+
+    @property
+    def order(self) -> tuple[tuple[int, int], ...]: ...
+
+    def rollout(self, denoiser: Callable[..., Any]) -> torch.Tensor: ...
+
+
+def run(program: Program, mask: Mask, calls: _Recorded | Steps) -> list[Any]:
+    """Run the masked program over given calls.
 
     Args:
         program: the captured denoiser; the calls must have the shapes that it was captured with.
@@ -38,16 +50,43 @@ def run(
     Raises:
         MaskError: the number of calls is not T.
     """
-    steps: list[Any] = list(calls.calls if isinstance(calls, Trajectory) else calls)
+    steps = steps_of(calls)
     if len(steps) != mask.num_steps:
         raise MaskError(f"the mask has {mask.num_steps} steps, but {len(steps)} calls were given; one per step is needed")
     caches: dict[int, Cache] = {}
     results: list[Any] = []
     for i, step in enumerate(steps):
-        lanes = [step] if isinstance(step, Mapping) else list(step)
-        outputs = [run_step(program, mask, i, call, caches.setdefault(k, {})) for k, call in enumerate(lanes)]
+        outputs = [run_step(program, mask, i, call, caches.setdefault(k, {})) for k, call in enumerate(step)]
         results.append(outputs[0] if len(outputs) == 1 else outputs)
     return results
+
+
+def rollout(program: Program, mask: Mask, trajectory: _Recorded) -> torch.Tensor:
+    """Sample with the masked program: the recorded noise, and at each step the sample that its own predictions led to.
+
+    Returns:
+        The final samples, ``[B, ...]``.
+
+    Raises:
+        MaskError: the number of recorded steps is not T.
+    """
+    if len(trajectory.calls) != mask.num_steps:
+        raise MaskError(f"the mask has {mask.num_steps} steps, the trajectory {len(trajectory.calls)}; record one of as many")
+    order = iter(trajectory.order)
+    caches: dict[int, Cache] = {}
+
+    def denoiser(**call: Any) -> Any:
+        step, lane = next(order)
+        return run_step(program, mask, step, call, caches.setdefault(lane, {}))
+
+    return trajectory.rollout(denoiser)
+
+
+def steps_of(calls: _Recorded | Steps) -> list[list[Mapping[str, Any]]]:
+    """The calls of each step, one per lane, whichever form they were given in."""
+    given: Any = calls
+    steps: Steps = getattr(given, "calls", given)
+    return [[step] if isinstance(step, Mapping) else list(step) for step in steps]
 
 
 @torch.no_grad()
@@ -58,33 +97,27 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
         name: (block.name, i) for block in program.blocks if block.name in mask.blocks for i, name in enumerate(block.values)
     }
     computes = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
-    values: dict[fx.Node, Any] = {}
-    arguments = iter(bound.tensors.values())
-    for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(arguments)
-            if node.name in program.input_block.values:
-                cache[step, INPUT, 0] = values[node].clone()
-        elif node.op == "get_attr":
-            values[node] = operator.attrgetter(str(node.target))(program.graph_module)
-        elif node.op == "output":
-            tensors = fx.map_arg(node.args[0], lambda n: values[n])
-            return program.outputs(tensors, dict(bound.static).get("return_dict"))
-        else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = node.target(*args, **kwargs)
-            if node.name in cut:
-                block, i = cut[node.name]
-                if computes[block]:
-                    cache[step, block, i] = values[node].clone()
-                if not computes[block] or mask.blends(step, block):
-                    values[node] = _formed(mask, step, block, i, cache)
-                if mask.blends(step, block):
-                    cache[step, block, i] = values[node].clone()
-    raise AssertionError("a graph ends with its output")
+
+    def cached(node: fx.Node, value: Any) -> Any:
+        if node.name in program.input_block.values:
+            cache[Slot(INPUT, 0, step)] = value.clone()
+        if node.name not in cut:
+            return value
+        block, i = cut[node.name]
+        blends = mask.blends(step, block)
+        if computes[block]:
+            cache[Slot(block, i, step)] = value.clone()
+        if not computes[block] or blends:
+            value = _formed(mask, step, block, i, cache)
+        if blends:
+            cache[Slot(block, i, step)] = value.clone()
+        return value
+
+    outputs = interpret(program.graph_module, list(bound.tensors.values()), cached)
+    return program.outputs(outputs, dict(bound.static).get(RETURN_DICT))
 
 
 def _formed(mask: Mask, step: int, block: str, i: int, cache: Cache) -> torch.Tensor:
     load = mask.loaded_from(step, block, i)
-    stored = [cache[slot.step, slot.block, slot.value] for slot, _ in load.terms]
+    stored = [cache[slot] for slot, _ in load.terms]
     return stored[0].clone() if load.plain else form(stored, [c for _, c in load.terms])

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxmask.passes.count_macs import count_macs
+from fxmask.ir.macs import count_macs
 
 Interval = tuple[int, int]
+Values = tuple[fx.Node, ...]  # the cut values of one block
 
 
 @dataclass(frozen=True)

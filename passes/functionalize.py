@@ -9,7 +9,6 @@ regions (autocast, no_grad) are inlined, asserts and dead code go.
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,11 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
+from fxmask._torch import HigherOrderOperator
 from fxmask.errors import CaptureError
-from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
+from fxmask.ir.weights import attribute_of, named_tensors
+from fxmask.passes.conditions import functional, has_shapes, one_output_tuple
+from fxmask.passes.observer import graph_pass
 from fxmask.passes.remove_dead import remove_dead
 
 # Buffers of the output that a functional graph would have to write back.
@@ -67,12 +69,6 @@ def _drop_copies(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[1])
 
 
-def named_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name, shared ones under each of their names."""
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    return parameters + list(model.named_buffers(remove_duplicate=False))
-
-
 def _unlift(
     exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor], prefix: str, names: Mapping[str, str]
 ) -> tuple[fx.Graph, dict[str, Any]]:
@@ -109,11 +105,6 @@ def _unlift(
     return graph, attributes
 
 
-def attribute_of(path: str) -> str:
-    """The path with names that generated code cannot spell (``layers.in``) changed a little."""
-    return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in path.split("."))
-
-
 def _inline_wrapped(module: fx.GraphModule) -> bool:
     """Inline one ``wrap_with_...`` region (no_grad, autocast off); returns whether there was one.
 
@@ -121,7 +112,7 @@ def _inline_wrapped(module: fx.GraphModule) -> bool:
         CaptureError: an operator that takes a subgraph and cannot be inlined (cond, while_loop, autocast on).
     """
     for node in module.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
             continue
         name = str(node.target)
         position = next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"), None)

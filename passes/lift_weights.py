@@ -8,11 +8,10 @@ Compiled code then belongs to no model: equal layers share it, and weights that 
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
+from fxmask.ir.graph import attribute, copy_nodes, returned
 from fxmask.passes.observer import graph_pass
 
 
@@ -25,13 +24,12 @@ def lift_weights(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[to
     for node in graph_module.graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if target not in weights:
-            held = operator.attrgetter(target)(graph_module)
+            held = attribute(graph_module, node)
             placeholder = graph.placeholder(f"weight_{len(weights)}")
             placeholder.meta = {**node.meta, "val": held, "weight": target}
             weights[target] = placeholder, held
         copies[node] = weights[target][0]
-    for node in graph_module.graph.nodes:
-        if node.op != "get_attr":
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    copy_nodes(graph_module.graph.nodes, graph, copies)
+    graph.output(tuple(copies[node] for node in returned(graph_module.graph)))
     lifted = fx.GraphModule(torch.nn.Module(), graph, class_name="Lifted")
     return lifted, tuple(held for _, held in weights.values())

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask.passes.observer import functional, graph_pass
+from fxmask.ir.graph import replace_node
+from fxmask.passes.conditions import functional
+from fxmask.passes.observer import PassResult, graph_pass
 
 
-@graph_pass(requires=(functional,), ensures=(functional,), otherwise=lambda graph: 0)
-def merge_common(graph: fx.Graph) -> int:
-    """Merge equal nodes of a functional graph in place; returns how many went."""
+@graph_pass(requires=(functional,), ensures=(functional,), otherwise=PassResult)
+def merge_common(graph: fx.Graph) -> PassResult:
+    """Merge equal nodes of a functional graph in place."""
     known: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(graph.nodes):
@@ -28,12 +30,11 @@ def merge_common(graph: fx.Graph) -> int:
             continue
         key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in known:
-            node.replace_all_uses_with(known[key])
-            graph.erase_node(node)
+            replace_node(node, known[key])
             merged += 1
         else:
             known[key] = node
-    return merged
+    return PassResult(graph, merged)
 
 
 def _hashable(value: Any) -> Any:

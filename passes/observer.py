@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,32 @@ import torch
 from torch import fx
 
 from fxmask.errors import PassError
+from fxmask.passes.log import log_pass
 
 Condition = Callable[[fx.Graph], str | None]
 P = ParamSpec("P")
 R = TypeVar("R")
-
-OPTIONAL: list[str] = []  # passes that are optimisations only, in the order in which they were defined
-
+DECLARED: dict[str, PassInfo] = {}  # every pass, by name; in which order they run is said in ``pipeline``
 _off: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("fxmask_passes_off", default=frozenset())
 _observers: contextvars.ContextVar[tuple[list[PassRecord], ...]] = contextvars.ContextVar("fxmask_observers", default=())
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass that works in place says of itself.
+
+    Attributes:
+        graph: that it was given, changed or not.
+        count: how many nodes it changed or removed.
+    """
+
+    graph: fx.Graph
+    count: int = 0
+
+    @property
+    def modified(self) -> bool:
+        """Whether it changed anything."""
+        return self.count > 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,7 @@ class PassRecord:
         seconds: how long it took, passes inside it included.
         nodes_before: of the graph that it was given.
         nodes_after: of the graph that it made; ``nodes_before`` if it made none.
+        modified: whether the graph that it leaves computes by other operators than the one it was given.
         skipped: whether it was switched off.
     """
 
@@ -48,7 +67,31 @@ class PassRecord:
     seconds: float
     nodes_before: int
     nodes_after: int
+    modified: bool
     skipped: bool
+
+    def __str__(self) -> str:
+        effect = "off" if self.skipped else "changed" if self.modified else "same"
+        return f"{self.name:<22} {1e3 * self.seconds:8.1f} ms  {self.nodes_before:>6} -> {self.nodes_after:<6} nodes  {effect}"
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """What a pass declares.
+
+    Attributes:
+        name: of the pass.
+        requires: names of conditions of the graph that it is given.
+        ensures: names of conditions of the graph that it leaves.
+        optional: whether it is an optimisation that can be switched off.
+        module: that defines it.
+    """
+
+    name: str
+    requires: tuple[str, ...]
+    ensures: tuple[str, ...]
+    optional: bool
+    module: str
 
 
 def graph_pass(
@@ -66,22 +109,35 @@ def graph_pass(
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__
-        if otherwise is not None:
-            OPTIONAL.append(name)
+        parameters = inspect.signature(function)
+        first = next(iter(parameters.parameters))
+        DECLARED[name] = PassInfo(
+            name,
+            tuple(c.__name__ for c in requires),
+            tuple(c.__name__ for c in ensures),
+            otherwise is not None,
+            function.__module__,
+        )
 
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = graph_of(args[0])
+            bound = parameters.bind(*args, **kwargs)
+            given = graph_of(bound.arguments[first])
+            if requires and given is None:
+                kind = type(bound.arguments[first]).__name__
+                raise PassError(f"pass {name!r} takes a captured program or graph as {first!r}, got {kind}; see fxmask.capture")
             _check(name, "requires", requires, given)
             skipped = otherwise is not None and name in _off.get()
-            before, started = _count(given), time.perf_counter()
+            before, operators, started = _count(given), _operators(given), time.perf_counter()
             result: Any = otherwise(*args, **kwargs) if skipped and otherwise else function(*args, **kwargs)
+            seconds = time.perf_counter() - started
             made = graph_of(result) or given
             if not skipped:
                 _check(name, "ensures", ensures, made)
-            record = PassRecord(name, time.perf_counter() - started, before, _count(made), skipped)
+            record = PassRecord(name, seconds, before, _count(made), _operators(made) != operators, skipped)
             for records in _observers.get():
                 records.append(record)
+            log_pass(record, made)
             return result  # type: ignore[no-any-return]
 
         return run
@@ -107,9 +163,10 @@ def switched_off(*names: str) -> Iterator[None]:
     Raises:
         PassError: a name is not that of an optional pass.
     """
-    unknown = [name for name in names if name not in OPTIONAL]
+    optional = optional_passes()
+    unknown = [name for name in names if name not in optional]
     if unknown:
-        raise PassError(f"{unknown} cannot be switched off; optional passes are {OPTIONAL}")
+        raise PassError(f"{unknown} cannot be switched off; optional passes are {optional}")
     token = _off.set(_off.get() | set(names))
     try:
         yield
@@ -117,11 +174,18 @@ def switched_off(*names: str) -> Iterator[None]:
         _off.reset(token)
 
 
+def optional_passes() -> list[str]:
+    """Names of the passes that can be switched off."""
+    return [name for name, info in DECLARED.items() if info.optional]
+
+
 def graph_of(value: Any) -> fx.Graph | None:
     """The graph in a graph, a graph module, an exported program, or anything with a ``graph_module``."""
     if isinstance(value, fx.Graph):
         return value
     if isinstance(value, (fx.GraphModule, torch.export.ExportedProgram)):
+        return value.graph
+    if isinstance(value, PassResult):
         return value.graph
     module = getattr(value, "graph_module", None)
     return module.graph if isinstance(module, fx.GraphModule) else None
@@ -138,38 +202,6 @@ def _count(graph: fx.Graph | None) -> int:
     return len(graph.nodes) if graph is not None else 0
 
 
-def mutates(node: fx.Node) -> bool:
-    """Whether the node's operator writes to one of its inputs."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
-def is_assert(node: fx.Node) -> bool:
-    """Whether the node only checks something and computes nothing."""
-    name = getattr(node.target, "__name__", str(node.target)) if callable(node.target) else str(node.target)
-    return node.op == "call_function" and ("_assert" in name or name.startswith("sym_constrain_range"))
-
-
-def functional(graph: fx.Graph) -> str | None:
-    """No operator writes to its inputs."""
-    node = next((n for n in graph.nodes if n.op == "call_function" and mutates(n) and not is_assert(n)), None)
-    return f"{node.format_node()} writes to its input" if node is not None else None
-
-
-def has_shapes(graph: fx.Graph) -> str | None:
-    """Every computed value has its shape in ``meta["val"]``."""
-    node = next((n for n in graph.nodes if n.op in ("call_function", "placeholder") and "val" not in n.meta), None)
-    return f"{node.name} has no shape" if node is not None else None
-
-
-def no_dead_code(graph: fx.Graph) -> str | None:
-    """Every computed value has a user."""
-    node = next((n for n in graph.nodes if n.op not in ("placeholder", "output") and not n.users), None)
-    return f"nobody uses {node.name}" if node is not None else None
-
-
-def one_output_tuple(graph: fx.Graph) -> str | None:
-    """The graph returns one flat tuple of values."""
-    outputs = list(graph.find_nodes(op="output"))
-    flat = len(outputs) == 1 and isinstance(outputs[0].args[0], (tuple, list))
-    return None if flat and all(isinstance(n, fx.Node) for n in outputs[0].args[0]) else "its output is not a flat tuple"
+def _operators(graph: fx.Graph | None) -> list[Any]:
+    """What a graph computes by: enough to tell whether a pass did anything."""
+    return [(node.op, node.target, len(node.users)) for node in graph.nodes] if graph is not None else []

@@ -12,23 +12,30 @@ step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from fxmask.errors import MaskError
-from fxmask.mask import INPUT, Forecast, Load, Mask, Plan, Slot, StepPlan
-from fxmask.passes.count_macs import count_macs
-from fxmask.passes.observer import functional, graph_pass, has_shapes, one_output_tuple
-from fxmask.program import Block, Program
+from fxmask.ir.block import Block
+from fxmask.ir.forecast import INPUT, Forecast, Load, Slot
+from fxmask.ir.graph import value_bytes
+from fxmask.ir.liveness import live_nodes
+from fxmask.ir.macs import count_macs
+from fxmask.ir.mask import Mask
+from fxmask.ir.plan import Plan, StepPlan
+from fxmask.ir.program import Program
+from fxmask.passes.conditions import functional, has_shapes, one_output_tuple
+from fxmask.passes.observer import graph_pass
 
 
-def _rectify_nothing(program: Program, mask: Mask, start: int = 0) -> Plan:
+def _rectify_nothing(program: Program, mask: Mask, *, start: int = 0) -> Plan:
     """The plan of a mask taken at its word: every block computes or loads as the mask says, needed or not."""
     return _plan(program, mask, start, keep=True)
 
 
 @graph_pass(requires=(functional, has_shapes, one_output_tuple), otherwise=_rectify_nothing)
-def rectify(program: Program, mask: Mask, start: int = 0) -> Plan:
+def rectify(program: Program, mask: Mask, *, start: int = 0) -> Plan:
     """Exact plan of a mask.
 
     Args:
@@ -55,28 +62,43 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     cut = _cut_values(program, blocks)
     weights = {node: count_macs(node) for node in program.graph_module.graph.nodes}
     reads: list[dict[tuple[str, int], None]] = [{} for _ in range(mask.num_steps)]  # values that later steps read
-    rows: list[_Row | None] = [None] * mask.num_steps
+    rows = [StepLiveness()] * mask.num_steps
     for step in reversed(range(start, mask.num_steps)):
         roots = set(cut) if keep else {program.block(block).values[i] for block, i in reads[step]}
         rows[step] = _live_row(program, mask, step, cut, roots, weights)
-        for load in rows[step].formed:  # type: ignore[union-attr]
+        for load in rows[step].formed:
             for slot in load.slots:
                 reads[slot.step][slot.block, slot.value] = None
-    return _assemble(program, mask, source, start, [row or _Row((), (), (), frozenset(), 0) for row in rows], reads)
+    return _assemble(program, mask, source, start, rows, reads)
 
 
-class _Row:
-    """What is live in one step."""
+@dataclass(frozen=True)
+class StepLiveness:
+    """What is live in one step.
 
-    def __init__(
-        self, compute: Sequence[str], load: Sequence[Load], blend: Sequence[Load], live: frozenset[fx.Node], macs: int
-    ) -> None:
-        self.compute = frozenset(compute)
-        self.load = tuple(load)
-        self.blend = tuple(blend)
-        self.formed = self.load + self.blend
-        self.live = live
-        self.macs = macs
+    Attributes:
+        compute: names of the live blocks that are computed.
+        load: cut values that are read from the cache.
+        blend: cut values that are computed, then combined with others.
+        live: every live node.
+        macs: multiply-accumulates of the live nodes.
+    """
+
+    compute: frozenset[str] = frozenset()
+    load: tuple[Load, ...] = ()
+    blend: tuple[Load, ...] = ()
+    live: frozenset[fx.Node] = frozenset()
+    macs: int = 0
+
+    @property
+    def formed(self) -> tuple[Load, ...]:
+        """Every cut value that is formed from others: loads, then blends."""
+        return self.load + self.blend
+
+    @property
+    def shape(self) -> object:
+        """Equal for steps that can share a graph: the same live nodes, and loads of the same form."""
+        return (self.live, tuple(load.form for load in self.load), tuple(load.form for load in self.blend))
 
 
 def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
@@ -110,27 +132,15 @@ def _live_row(
     cut: dict[str, tuple[str, int]],
     roots: set[str],
     weights: dict[fx.Node, int],
-) -> _Row:
-    column = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
-    live: set[fx.Node] = set()
-    compute: set[str] = set()
-    load: list[Load] = []
-    blend: list[Load] = []
-    macs = 0
-    for node in reversed(program.graph_module.graph.nodes):
-        if node.op != "output" and node.name not in roots and not any(user in live for user in node.users):
-            continue
-        block, value = cut.get(node.name, (None, 0))
-        if block is not None and not column.get(block, True):
-            load.append(_checked(program, mask.loaded_from(step, block, value)))
-            continue  # its inputs are not needed through it
-        if block is not None and block != INPUT:
-            compute.add(block)
-            if mask.blends(step, block):
-                blend.append(_checked(program, mask.loaded_from(step, block, value)))
-        live.add(node)
-        macs += weights[node]
-    return _Row(sorted(compute), tuple(reversed(load)), tuple(reversed(blend)), frozenset(live), macs)
+) -> StepLiveness:
+    computes = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
+    loaded = {name for name, (block, _) in cut.items() if not computes.get(block, True)}
+    live, read = live_nodes(program.graph_module.graph, loaded, roots)
+    load = [_checked(program, mask.loaded_from(step, *cut[node.name])) for node in read]
+    computed = [cut[node.name] for node in live if node.name in cut and cut[node.name][0] != INPUT]
+    blend = [_checked(program, mask.loaded_from(step, b, i)) for b, i in computed if mask.blends(step, b)]
+    macs = sum(weights[node] for node in live)
+    return StepLiveness(frozenset(b for b, _ in computed), tuple(load), tuple(blend), frozenset(live), macs)
 
 
 def _checked(program: Program, load: Load) -> Load:
@@ -156,11 +166,11 @@ def _assemble(
     mask: Mask,
     source: Mask,
     start: int,
-    rows: Sequence[_Row],
+    rows: Sequence[StepLiveness],
     reads: Sequence[dict[tuple[str, int], None]],
 ) -> Plan:
     """Number the graphs, find the last reader of every slot, simulate the cache."""
-    emits = _shared_emits(program, start, rows, reads)
+    live_outs = _shared_live_outs(program, start, rows, reads)
     last: dict[Slot, int] = {}
     for step, row in enumerate(rows):
         for load in row.formed:
@@ -173,20 +183,20 @@ def _assemble(
         if step < start:
             steps.append(StepPlan(frozenset(), (), (), (), (), -1, 0))
             continue
-        emit = emits[_shape(row)]
-        store = tuple(value for value in emit if value in reads[step])
+        live_out = live_outs[row.shape]
+        store = tuple(value for value in live_out if value in reads[step])
         held |= {Slot(block, value, step) for block, value in store}
-        peak = max(peak, sum(_slot_bytes(program, slot) for slot in held))
+        peak = max(peak, sum(value_bytes(program.node(program.block(slot.block).values[slot.value])) for slot in held))
         drop = tuple(sorted(slot for slot in held if last[slot] <= step))
         held -= set(drop)
-        graph = graphs.setdefault(_shape(row), len(graphs))
-        steps.append(StepPlan(row.compute, row.load, store, emit, drop, graph, row.macs, row.blend))
+        graph = graphs.setdefault(row.shape, len(graphs))
+        steps.append(StepPlan(row.compute, row.load, store, live_out, drop, graph, row.macs, row.blend))
     total = sum(count_macs(node) for node in program.graph_module.graph.nodes)
     return Plan(_rectified(mask, rows, start), tuple(steps), start, total, peak, program.fingerprint, source)
 
 
-def _shared_emits(
-    program: Program, start: int, rows: Sequence[_Row], reads: Sequence[dict[tuple[str, int], None]]
+def _shared_live_outs(
+    program: Program, start: int, rows: Sequence[StepLiveness], reads: Sequence[dict[tuple[str, int], None]]
 ) -> dict[object, tuple[tuple[str, int], ...]]:
     """What the graph of each shape returns besides its outputs, in graph order.
 
@@ -198,24 +208,14 @@ def _shared_emits(
     loaded = {value for read in reads for value in read}
     wanted: dict[object, set[tuple[str, int]]] = {}
     for step in range(start, len(rows)):
-        values = wanted.setdefault(_shape(rows[step]), set(reads[step]))
+        values = wanted.setdefault(rows[step].shape, set(reads[step]))
         values |= set(reads[step])
         if not rows[step].formed:
             values |= loaded
     return {shape: tuple(value for value in order if value in values) for shape, values in wanted.items()}
 
 
-def _shape(row: _Row) -> object:
-    """Rows that can share a step graph: the same live nodes, and loads of the same form."""
-    return (row.live, tuple(load.form for load in row.load), tuple(load.form for load in row.blend))
-
-
-def _slot_bytes(program: Program, slot: Slot) -> int:
-    value = program.node(program.block(slot.block).values[slot.value]).meta["val"]
-    return int(value.numel() * value.element_size())
-
-
-def _rectified(mask: Mask, rows: Sequence[_Row], start: int) -> Mask:
+def _rectified(mask: Mask, rows: Sequence[StepLiveness], start: int) -> Mask:
     """The mask without dead computes, and without forecasts of loads that nobody needs."""
     compute = mask.compute.clone()
     kept = {}

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxmask.passes.observer import functional, graph_pass, no_dead_code
+from fxmask.passes.conditions import functional, no_dead_code
+from fxmask.passes.observer import PassResult, graph_pass
 
 KEPT = ("placeholder", "output")
 
 
-@graph_pass(requires=(functional,), ensures=(functional, no_dead_code), otherwise=lambda graph: 0)
-def remove_dead(graph: fx.Graph) -> int:
-    """Erase dead nodes of a functional graph in place; returns how many.
+@graph_pass(requires=(functional,), ensures=(functional, no_dead_code), otherwise=PassResult)
+def remove_dead(graph: fx.Graph) -> PassResult:
+    """Erase dead nodes of a functional graph in place.
 
     Raises:
         PassError: a node mutates its inputs, so that removing it could change the result.
@@ -28,4 +29,4 @@ def remove_dead(graph: fx.Graph) -> int:
         if node.op not in KEPT and not node.users:
             graph.erase_node(node)
             erased += 1
-    return erased
+    return PassResult(graph, erased)

@@ -11,6 +11,7 @@ import torch
 import fxmask
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the models are tiny, and several workers share the machine
 
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
 
@@ -126,7 +127,9 @@ def unet_program(unet_trajectory: tuple[torch.nn.Module, fxmask.Trajectory]) -> 
 @pytest.fixture(scope="session")
 def dit_trajectory() -> tuple[torch.nn.Module, fxmask.Trajectory]:
     model = tiny_dit()
-    return model, fxmask.record(model, ddim(), 6, 2, labels, {"eta": 1.0})
+    return model, fxmask.record(
+        model, ddim(), num_inference_steps=6, batch_size=2, example_inputs=labels, step_kwargs={"eta": 1.0}
+    )
 
 
 @pytest.fixture(scope="session")

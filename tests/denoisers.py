@@ -625,7 +625,7 @@ class Denoiser:
     @functools.cached_property
     def program(self) -> fxmask.Program:
         """The captured denoiser."""
-        return fxmask.capture(self.model, self.make_calls(1)[0][0], self.roles)
+        return fxmask.capture(self.model, self.make_calls(1)[0][0], roles=self.roles)
 
     def timesteps(self, steps: int) -> tuple[float, ...]:
         """As ``make_calls`` gives them."""

@@ -1,253 +1,422 @@
 """Remove or invert one rule of the library at a time: some test must fail.
 
-    python tests/mutations.py [--only NAME]
+    python tests/mutations.py [--only TEXT] [--list]
 
-Works on an installed copy in a temporary folder; the checkout is not touched. Not part of the test suite: it takes
-several minutes. Prints one line per mutation, and exits with 1 if one survives.
+Works on a copy of the library in a temporary folder; the checkout is not touched. Not part of the test suite: it takes
+many minutes (``test_mutations.py`` checks that the rules are still where this file says). Prints one line per mutation,
+and exits with 1 if one survives.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = [
-    "test_stages.py",
-    "test_regions.py",
-    "test_cudagraph.py",
-    "test_mask.py",
-    "test_capture.py",
-    "test_passes.py",
-    "test_runtime.py",
-    "test_peer_bugs.py",
-    "test_properties.py",
-]
+TIMEOUT = 1800  # seconds for the tests of one mutation; an endless loop is noticed, too
+
+PROPERTIES = "passes/test_properties.py"
+SPECIALISED = f"{PROPERTIES}::test_specialised_is_the_reference"
+RUNTIME = ("runtime/test_model.py", "runtime/test_peer_bugs.py")
+REGIONS = ("passes/test_split_regions.py", "passes/test_pipeline.py")
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """Replace ``old`` by ``new`` in ``file`` (path inside the installed package)."""
+    """Replace ``old`` by ``new`` in a file; one of ``tests`` must fail.
+
+    Attributes:
+        name: what is no longer so, after the part of the library that it belongs to.
+        file: path inside the repository.
+        old: is there exactly once.
+        new: takes its place.
+        tests: what pytest runs, paths inside this folder, in this order up to the first failure.
+    """
 
     name: str
     file: str
     old: str
     new: str
+    tests: tuple[str, ...]
+
+    @property
+    def source(self) -> Path:
+        """The file in the checkout."""
+        return ROOT / self.file
+
+    @property
+    def installed(self) -> str:
+        """The file inside a folder that holds the package as it is installed."""
+        return self.file if self.file.startswith("fxmask/") else f"fxmask/{self.file}"
 
 
 MUTATIONS = [
+    # What is live, and what a plan makes of it
     Mutation(
-        "rectify: a loaded value still needs its inputs",
-        "passes/rectify.py",
-        "            continue  # its inputs are not needed through it",
-        "            pass",
+        "liveness: given values still need their inputs",
+        "fxmask/ir/liveness.py",
+        "        if node.name in given:\n",
+        "        if False:\n",
+        ("passes/test_passes.py", SPECIALISED),
+    ),
+    Mutation(
+        "liveness: only the outputs are needed",
+        "fxmask/ir/liveness.py",
+        "return _walk(graph, given, {*roots, *(",
+        "return _walk(graph, given, {*(",
+        ("passes/test_passes.py", "tools/test_diagnosis.py"),
+    ),
+    Mutation(
+        "liveness: the last of the values that are asked for is left out",
+        "fxmask/ir/liveness.py",
+        "return _walk(graph, given, roots)[0]",
+        "return _walk(graph, given, roots)[0][:-1]",
+        ("passes/test_precompute.py",),
     ),
     Mutation(
         "rectify: forecast sources are not reads",
         "passes/rectify.py",
         "for slot in load.slots:\n",
         "for slot in load.slots[:1]:\n",
+        ("tools/test_diagnosis.py", SPECIALISED),
     ),
     Mutation(
         "rectify: stored values are not live",
         "passes/rectify.py",
         "roots = set(cut) if keep else {program.block(block).values[i] for block, i in reads[step]}",
         "roots = set(cut) if keep else set()",
+        ("tools/test_diagnosis.py", SPECIALISED),
     ),
-    Mutation("rectify: slots outlive their last reader", "passes/rectify.py", "last[slot] <= step", "last[slot] < step"),
+    Mutation(
+        "rectify: slots outlive their last reader",
+        "passes/rectify.py",
+        "last[slot] <= step",
+        "last[slot] < step",
+        ("passes/test_passes.py", f"{PROPERTIES}::test_peak_bytes_are_what_a_run_holds", *RUNTIME),
+    ),
     Mutation(
         "rectify: dead computes stay in the mask",
         "passes/rectify.py",
         "compute[step, b] = name in rows[step].compute",
         "compute[step, b] = True",
+        ("passes/test_passes.py", f"{PROPERTIES}::test_every_computed_block_has_a_reader"),
     ),
     Mutation(
         "rectify: graphs are shared whatever they load",
         "passes/rectify.py",
-        "return (row.live, tuple(load.form for load in row.load), tuple(load.form for load in row.blend))",
-        "return (row.live,)",
+        "return (self.live, tuple(load.form for load in self.load), tuple(load.form for load in self.blend))",
+        "return (self.live,)",
+        (SPECIALISED, f"{PROPERTIES}::test_distinct_graphs_are_few_and_hold_what_they_claim"),
     ),
     Mutation(
         "mask: a run that starts in the middle loads what was never stored",
-        "mask.py",
+        "fxmask/ir/mask.py",
         "                    if not usable:\n",
         "                    if False:\n",
+        ("ir/test_mask.py", "runtime/test_model.py"),
     ),
     Mutation(
+        "planner: a missing store is not reported",
+        "fxmask/tools/naive_planner.py",
+        "            faults.append(_why_missing(plan.steps[slot.step], slot, dropped.get(slot), step))\n",
+        "",
+        ("tools/test_diagnosis.py",),
+    ),
+    # Step graphs
+    Mutation(
         "specialise: outputs may alias caches",
-        "passes/specialize.py",
-        "return [_clone(graph, node) if _root(node) in roots or node in roots else node for node in results]",
+        "passes/unalias.py",
+        "return [clone_of(graph, node) if _root(node) in roots or node in roots else node for node in results]",
         "return list(results)",
+        ("runtime/test_model.py", f"{PROPERTIES}::test_nothing_aliases_a_cache"),
     ),
     Mutation(
         "specialise: views are cached as they are",
         "passes/specialize.py",
-        "stored = [value if _is_fresh(value) else _clone(graph, value) for value in stored]",
+        "stored = [value if owns_memory(value) else clone_of(graph, value) for value in stored]",
         "pass",
+        ("runtime/test_model.py", f"{PROPERTIES}::test_nothing_aliases_a_cache"),
     ),
-    Mutation("specialise: dead code stays", "passes/specialize.py", "    remove_dead(graph)\n", ""),
     Mutation(
-        "forecast: every term reads the first coefficient",
-        "passes/forecast.py",
+        "specialise: dead code stays",
+        "passes/specialize.py",
+        "    remove_dead(graph)\n",
+        "",
+        ("passes/test_passes.py", "passes/test_pipeline.py"),
+    ),
+    Mutation(
+        "specialise: a merged output and store share memory",
+        "passes/specialize.py",
+        "unalias_outputs(graph, results, set(stored) | set(former.cached)",
+        "unalias_outputs(graph, results, set(former.cached)",
+        ("passes/test_precompute.py", f"{PROPERTIES}::test_nothing_aliases_a_cache"),
+    ),
+    Mutation(
+        "form values: what is formed has no shape",
+        "passes/form_values.py",
+        '        node.meta = {"val": _value_of(target, args, kwargs)}\n',
+        "        node.meta = {}\n",
+        ("passes/test_pipeline.py",),
+    ),
+    Mutation(
+        "form values: what is formed has no marks",
+        "passes/form_values.py",
+        "result.meta = {**self._like[x].meta, **marks}",
+        "result.meta = {**self._like[x].meta}",
+        REGIONS,
+    ),
+    Mutation(
+        "combine: every term reads the first coefficient",
+        "fxmask/ir/combine.py",
         "coefficients, 0, k))",
         "coefficients, 0, 0))",
+        ("passes/test_passes.py", "learning/test_search.py"),
     ),
+    Mutation(
+        "graph: a node that replaces another has none of its marks",
+        "fxmask/ir/graph.py",
+        '        if key == "val" or key.startswith(MARK):\n',
+        '        if key == "val":\n',
+        ("passes/test_pipeline.py",),
+    ),
+    Mutation(
+        "merge: random numbers are drawn once",
+        "passes/merge_common.py",
+        '        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):\n',
+        "        if False:\n",
+        ("passes/test_precompute.py",),
+    ),
+    # Capture
     Mutation(
         "functionalise: writes to buffers are accepted",
         "passes/functionalize.py",
         "        if spec.kind in _MUTATIONS:\n",
         "        if False:\n",
+        ("frontend/test_capture.py",),
     ),
     Mutation(
         "functionalise: in-place operators stay",
         "passes/functionalize.py",
         "    exported = exported.run_decompositions({})\n",
         "",
+        ("frontend/test_capture.py",),
     ),
     Mutation(
         "functionalise: wrapped regions stay",
         "passes/functionalize.py",
         "    while _inline_wrapped(result):\n        pass\n",
         "",
+        ("frontend/test_capture.py",),
     ),
+    # Running
     Mutation(
         "runtime: a new run starts on the old caches",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "            lane.start, lane.cache = step, {}\n",
         "            lane.start = step\n",
+        RUNTIME,
     ),
     Mutation(
         "runtime: an uncovered call leaves the position as it was",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "            lane.forget()\n            return variant",
         "            return variant",
+        RUNTIME,
     ),
     Mutation(
         "runtime: a failed step counts as done",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "        lane.position = None\n        outputs",
         "        lane.position = step + 1\n        outputs",
+        RUNTIME,
     ),
     Mutation(
         "runtime: two runs that nothing tells apart are taken for one",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "        return step == lane.latest or (lane.doubtful and step > lane.latest)",
         "        return False",
+        RUNTIME,
     ),
     Mutation(
         "runtime: lanes are not told apart",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "        version_of(b) == version != -1\n",
         "        True or version_of(b) == version != -1\n",
+        RUNTIME,
     ),
     Mutation(
         "runtime: replaced weights are not noticed",
-        "runtime.py",
-        "            if weights != private.weights:",
+        "fxmask/runtime/variants.py",
+        "            if weights != self._weights:",
         "            if False:",
+        RUNTIME,
     ),
-    Mutation("runtime: abandoned lanes are kept", "runtime.py", "x.cache and self._count - x.seen <= IDLE_CALLS", "True"),
-    Mutation("runtime: a copied context is the same run", "runtime.py", "or owner != _who():", "or False:"),
+    Mutation(
+        "runtime: abandoned lanes are kept",
+        "fxmask/runtime/generation.py",
+        "x.cache and self._count - x.seen <= IDLE_CALLS",
+        "True",
+        RUNTIME,
+    ),
+    Mutation(
+        "runtime: a copied context is the same run",
+        "fxmask/runtime/model.py",
+        "or owner != _who():",
+        "or False:",
+        RUNTIME,
+    ),
     Mutation(
         "runtime: calls by turns share one lane",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "        if all(lane.latest in matches and lane.position is not None for lane in waiting):\n",
         "        if False:\n",
+        RUNTIME,
     ),
     Mutation(
         "runtime: tables outlive their run",
-        "runtime.py",
+        "fxmask/runtime/generation.py",
         "            lane.rows = variant.executor(step).begin(tensors)\n",
         "            lane.rows = lane.rows or variant.executor(step).begin(tensors)\n",
+        ("passes/test_precompute.py", *RUNTIME),
     ),
-    Mutation("stages: a loaded block is staged", "passes/stage_values.py", "if node.name in cut or ", "if "),
     Mutation(
-        "stages: what changes at every step is hoisted",
-        "passes/stage_values.py",
+        "binding times: a loaded block is precomputed",
+        "passes/binding_times.py",
+        "if node.name in cut or ",
+        "if ",
+        ("passes/test_precompute.py",),
+    ),
+    Mutation(
+        "binding times: what changes at every step is hoisted",
+        "passes/binding_times.py",
         'OF_ROLE = {"timestep": BindingTime.TIMESTEP,',
         'OF_ROLE = {"step": BindingTime.CONDITIONING, "timestep": BindingTime.TIMESTEP,',
-    ),
-    Mutation("stages: tables of any size", "passes/stage_values.py", "<= MOST_TABLE_BYTES", ">= 0"),
-    Mutation(
-        "merge: random numbers are drawn once",
-        "passes/merge_common.py",
-        '        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):\n',
-        "        if False:\n",
+        ("passes/test_precompute.py",),
     ),
     Mutation(
-        "specialise: a merged output and store share memory",
-        "passes/specialize.py",
-        "results = _unalias_outputs(graph, results, set(stored) | set(former.cached) | set(given.values()))",
-        "pass",
+        "precompute: tables of any size",
+        "passes/precompute.py",
+        "<= MOST_TABLE_BYTES",
+        ">= 0",
+        ("passes/test_precompute.py",),
     ),
     Mutation(
         "regions: structures without layouts",
         "passes/split_regions.py",
         "        lines.append(_layout(held))\n",
         "",
+        ("passes/test_split_regions.py", "backends/test_inductor.py", "storage/test_packages.py"),
     ),
     Mutation(
         "regions: a kept value is no output",
         "passes/split_regions.py",
         "if node in needed or node.meta.get(KEPT)]",
         "if node in needed]",
+        ("passes/test_split_regions.py", "backends/test_inductor.py"),
     ),
     Mutation(
-        "cudagraph: results belong to the replay", "backends/cudagraph.py", "tuple(x.clone() for x in", "tuple(x for x in"
+        "cudagraph: results belong to the replay",
+        "backends/cudagraph.py",
+        "tuple(x.clone() for x in",
+        "tuple(x for x in",
+        ("backends/test_cudagraph.py",),
+    ),
+    # Learning
+    Mutation(
+        "search: recorded runs may differ",
+        "fxmask/learning/search.py",
+        "    for n, other in enumerate(trajectories):\n",
+        "    for n, other in enumerate(trajectories[:1]):\n",
+        ("learning/test_search.py::test_trajectories_must_agree",),
+    ),
+    Mutation(
+        "search: recorded runs may have other numbers of steps",
+        "fxmask/learning/search.py",
+        "        if other.num_steps != first.num_steps:\n",
+        "        if False:\n",
+        ("learning/test_search.py::test_trajectories_must_agree",),
+    ),
+    Mutation(
+        "search: recorded runs may have other timesteps",
+        "fxmask/learning/search.py",
+        "        if other.timesteps != first.timesteps or other.order != first.order:\n",
+        "        if other.order != first.order:\n",
+        ("learning/test_search.py::test_trajectories_must_agree",),
     ),
 ]
 
 
+def install(package: Path) -> None:
+    """Copy the library to a folder, as a wheel would hold it."""
+    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    for name, folder in sorted(folders.items()):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, package.joinpath(*name.split(".")), ignore=ignored, dirs_exist_ok=True)
+
+
+def python(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the copied library."""
+    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", *arguments]
+    options = {"cwd": ROOT / "tests", "env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT}
+    return subprocess.run(command, check=False, **options)  # type: ignore[call-overload]
+
+
 def run(mutation: Mutation, package: Path, folder: Path) -> str | None:
     """Name of the first test that fails, or ``None``."""
-    path = package / "fxmask" / mutation.file
+    path = package / mutation.installed
     original = path.read_text()
-    if mutation.old not in original:
-        raise SystemExit(f"{mutation.name}: the rule is no longer in {mutation.file}; update the list")
-    path.write_text(original.replace(mutation.old, mutation.new, 1))
+    if original.count(mutation.old) != 1:
+        raise SystemExit(f"{mutation.name}: the rule is not once in {mutation.file}; update the list")
+    path.write_text(original.replace(mutation.old, mutation.new))
+    tests = [str(ROOT / "tests" / name) for name in mutation.tests]
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
     try:
-        tests = [str(ROOT / "tests" / name) for name in QUICK if (ROOT / "tests" / name).exists()]
-        command = ["pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow", *tests]
-        environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
-        result = subprocess.run(
-            [sys.executable, "-c", "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", *command[1:]],
-            cwd=ROOT / "tests",
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = python(package, "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", *options, *tests)
+    except subprocess.TimeoutExpired:
+        return "they do not end"
     finally:
         path.write_text(original)
-    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     (folder / "last.log").write_text(result.stdout + result.stderr)
-    return failed[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ") if failed else None
+    if result.returncode == 0:
+        return None
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if not failed:
+        raise SystemExit(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
+    return failed[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="run the mutations whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the names and run nothing")
     options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if not options.only or options.only in mutation.name]
+    if options.list:
+        print("\n".join(mutation.name for mutation in chosen))
+        return 0
     survivors = 0
     with tempfile.TemporaryDirectory() as name:
         package = Path(name) / "package"
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(package), str(ROOT)]
-        subprocess.run(install, check=True, capture_output=True)
-        where = [sys.executable, "-c", "import fxmask.passes; print(fxmask.passes.__file__)"]
-        environment = {**os.environ, "PYTHONPATH": str(package)}
-        found = subprocess.run(where, env=environment, cwd=ROOT / "tests", capture_output=True, text=True, check=True).stdout
-        assert found.startswith(str(package)), f"the copy is not what is imported: {found}"
-        for mutation in MUTATIONS:
-            if options.only and options.only not in mutation.name:
-                continue
+        install(package)
+        found = python(package, "import fxmask.passes, fxmask.ir; print(fxmask.passes.__file__, fxmask.ir.__file__)")
+        places = found.stdout.split()
+        copied = len(places) == 2 and all(place.startswith(str(package)) for place in places)
+        assert copied, f"the copy is not what is imported: {found.stdout}{found.stderr}"
+        for mutation in chosen:
+            started = time.perf_counter()
             caught = run(mutation, package, Path(name))
             survivors += caught is None
-            print(f"{'SURVIVED' if caught is None else 'caught'}  {mutation.name}  {caught or ''}", flush=True)
+            seconds = f"{time.perf_counter() - started:.0f} s"
+            print(f"{'SURVIVED' if caught is None else 'caught'}  {mutation.name}  {caught or ''} ({seconds})", flush=True)
     return 1 if survivors else 0
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import fxmask
-from fxmask.mask import INPUT
+from fxmask.ir.forecast import INPUT, Source, Term
 
 logging.getLogger("torch.__trace").propagate = False  # else every failure ends in pages of torch's own log
 
@@ -84,7 +84,7 @@ class Pair:
             f"program = dataclasses.replace(program, blocks=(\n{blocks}))\n"
             f"mask = fxmask.Mask(torch.tensor({rows}), {self.mask.timesteps}, {self.mask.blocks}, fxmask.Forecast({terms}))\n"
             "expected = fxmask.reference.run(program, mask, calls)\n"
-            'accelerated = fxmask.compile(program, fxmask.rectify(program, mask), "eager")\n'
+            'accelerated = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")\n'
             "with accelerated.generation():\n"
             "    got = [[accelerated(**call) for call in step] for step in calls]\n"
             "print(expected, got)\n"
@@ -150,7 +150,7 @@ def random_forecast(
 
     Where shapes allow it, other blocks and the sample are read as well.
     """
-    terms: dict[tuple[int, str], tuple[fxmask.mask.Term, ...]] = {}
+    terms: dict[tuple[int, str], tuple[Term, ...]] = {}
 
     def shapes(name: str) -> list[tuple[object, object]]:
         values = [program.node(value).meta["val"] for value in program.block(name).values]
@@ -163,7 +163,7 @@ def random_forecast(
             if rng.random() < (0.9 if compute[step, b] else 0.6):
                 continue
             earlier = compute[:step, b].nonzero().flatten().tolist()
-            sources: list[fxmask.mask.Source] = list(rng.sample(earlier, min(rng.randint(1, 3), len(earlier))))
+            sources: list[Source] = list(rng.sample(earlier, min(rng.randint(1, 3), len(earlier))))
             if compute[step, b]:  # a blend
                 sources.append(step)
             if rng.random() < 0.4 and shapes(name) == shapes(INPUT):

@@ -73,7 +73,7 @@ def test_mask_of_the_wrong_shape():
 
 def test_mask_for_other_steps():
     model = tiny_unet()
-    trajectory = fxmask.record(model, ddim(), 4, 2)
+    trajectory = fxmask.record(model, ddim(), num_inference_steps=4, batch_size=2)
     program = fxmask.capture(model, trajectory.calls[0][0])
     mask = fxmask.policies.interval(2)(program, trajectory.timesteps)
     with pytest.raises(fxmask.MaskError, match="num_inference_steps"):
@@ -103,7 +103,7 @@ def test_step_kwargs_that_the_scheduler_does_not_take():
 def test_scheduler_is_left_as_it_was():
     scheduler = ddim()
     before = dict(vars(scheduler))
-    fxmask.record(tiny_unet(), scheduler, 4, 2)
+    fxmask.record(tiny_unet(), scheduler, num_inference_steps=4, batch_size=2)
     assert scheduler.num_inference_steps == before["num_inference_steps"]
     assert scheduler.timesteps is before["timesteps"]
 

@@ -133,7 +133,7 @@ def _wan() -> Learned:
         )
         for seed in range(2)
     ]
-    program = fxmask.capture(runs[0].denoiser, runs[0].calls[0][0], runs[0].roles)
+    program = fxmask.capture(runs[0].denoiser, runs[0].calls[0][0], roles=runs[0].roles)
     return program, fxmask.learn(program, runs, speedup=1.8, effort="quick"), None
 
 

@@ -1,0 +1,210 @@
+"""Quality at equal MACs: fxmask beside fewer steps, fixed reuse, fixed forecasts and the paper's learner.
+
+    python examples/studies/quality.py                            # everything; an interrupted run goes on where it was
+    python examples/studies/quality.py --families dit --steps 20  # some cells
+    python examples/studies/quality.py --parts seeds fid          # some of what is measured, see PARTS
+    python examples/studies/quality.py --table                    # only writes the table of what is there
+
+Measurements are kept in build/quality; a copy of them and of the learned masks ships beside the table, so that a fresh clone
+goes on from there. Noise for evaluation is never used for learning. The parts are in files of their own, `quality_*.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quality_ablations import PAPER, ablation_tables, measure_ablations, paper_mask
+from quality_cells import (
+    EVALUATION,
+    FAMILIES,
+    RATIOS,
+    Cell,
+    Evaluation,
+    Results,
+    Row,
+    columns,
+    searching,
+)
+from quality_converged import CONVERGED_IMAGES, compare_with_converged, measure_solver
+from quality_fid import fid_table, measure_fid
+from quality_rivals import coarse_ddim, rivals
+from quality_seeds import measure_seeds, seeds_table
+
+from fxmask.storage.plans import save_mask
+
+__all__ = ["Cell", "Results", "coarse_ddim", "main", "write_table"]  # what the tests look at
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+PARTS = {
+    "cells": "plans at 1.5x, 2x and 3x",
+    "solver": "fxmask on DPM-Solver++",
+    "seeds": "the spread over learning seeds (DDPM and DiT, 20 deterministic steps)",
+    "fid": "FID on classifier features (the same cells)",
+    "tables": "the form of the paper's Tables 4 and 5 (DDPM, 20 deterministic steps)",
+    "converged": "everything against about 1,000 steps",
+}
+
+
+def _describe() -> str:
+    return "; ".join(f"{part}: {what}" for part, what in PARTS.items())
+
+
+def run_cell(cell: Cell, folder: Path, paper: bool) -> None:
+    """Measure what is missing in one cell."""
+    results = Results(folder / f"{cell.name}.json")
+    evaluation = Evaluation(cell)
+    training = cell.training()
+    if not results.has("full sampler 1.0"):
+        results.put("full sampler 1.0", evaluation.full())
+    for effort in ("quick", "default"):
+        label = "fxmask" if effort == "default" else "fxmask quick"
+        if all(results.has(f"{label} {ratio}") for ratio in RATIOS):
+            continue
+        search = searching(cell, training, effort, folder / f"{cell.name}-{effort}.journal.json")
+        for ratio in (2.0, 1.5, 3.0):
+            if results.has(f"{label} {ratio}"):
+                continue
+            started = time.perf_counter()
+            point = search.best(1 / ratio)
+            facts: dict[str, Any] = {"units": point.units, "kind": point.kind, "seconds": time.perf_counter() - started}
+            save_mask(results.mask(f"{label} {ratio}"), point.mask, facts, {})
+            results.put(f"{label} {ratio}", evaluation.of_mask(point.mask, **facts))
+    for name, measure in rivals(evaluation, training):
+        for ratio in RATIOS:
+            row = None if results.has(f"{name} {ratio}") else measure(ratio)
+            if row is not None:
+                results.put(f"{name} {ratio}", row)
+    for name in PAPER if paper and cell.family in ("ddpm", "dit") and cell.steps == 20 else ():
+        if not results.has(f"{name} 2.0"):
+            mask, learned = paper_mask(cell, folder, name)
+            results.put(f"{name} 2.0", evaluation.of_mask(mask, **learned))
+
+
+def run(cell: Cell, folder: Path, parts: list[str], paper: bool) -> None:
+    """The parts that a cell has."""
+    deterministic = not cell.eta
+    closer = deterministic and cell.steps == 20 and cell.family in ("ddpm", "dit")
+    if "cells" in parts:
+        run_cell(cell, folder, paper)
+    steps: dict[str, tuple[bool, Callable[[Cell, Path], None]]] = {
+        "solver": (deterministic, measure_solver),
+        "seeds": (closer, measure_seeds),
+        "fid": (closer, measure_fid),
+        "tables": (closer and paper and cell.family == "ddpm", measure_ablations),
+        "converged": (True, compare_with_converged),
+    }
+    for part, (applies, measure) in steps.items():
+        if part in parts and applies:
+            measure(cell, folder)
+
+
+def main() -> None:
+    """Runs what was asked for, then writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
+    parser.add_argument("--steps", nargs="+", type=int, default=[20, 50])
+    parser.add_argument("--samplers", nargs="+", default=["deterministic", "stochastic"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help=_describe())
+    parser.add_argument("--folder", type=Path, default=Path("build/quality"))
+    parser.add_argument("--no-paper", action="store_true", help="leave the paper's learner out")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--output", type=Path, default=EXAMPLES / "results" / "quality.md")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    shipped = options.output.parent / "quality"
+    _copy(shipped, options.folder, replace=False)
+    parts = [] if options.table else options.parts
+    for steps in options.steps if parts else ():
+        for family in options.families:
+            for sampler in options.samplers:
+                cell = Cell(family, steps, float(sampler == "stochastic"))
+                run(cell, options.folder, parts, not options.no_paper)
+    write_table(options.folder, options.output)
+    _copy(options.folder, shipped, replace=True)
+
+
+def _copy(source: Path, target: Path, replace: bool) -> None:
+    """Rows and masks. Images and journals, which are large, stay where they are."""
+    if source.resolve() == target.resolve():
+        return
+    found = [path for path in source.glob("*.json") if not path.name.endswith(".journal.json")]
+    for path in (*found, *source.glob("masks/**/plan.*")):
+        place = target / path.relative_to(source)
+        if replace or not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+
+
+OURS = ("fxmask", "fxmask quick", "branches, fitted forecast", "whole output, fitted forecast")
+WANTED = 2.0  # dB ahead of every rival that is no plan of ours
+USUAL = ("fxmask", "fxmask quick", "fewer steps, scheduler's grid", "whole output, fitted forecast")
+INTRODUCTION = f"""# Quality at equal MACs
+
+`python examples/studies/quality.py`: {EVALUATION} samples per row, noise that learning has not seen, PSNR per image in dB
+against the same sampler with the same noise: mean and 10th percentile. *Converged*: mean PSNR of the first {CONVERGED_IMAGES}
+against DDIM at every timestep from the full sampler's first one on, about 1,000 steps, from the same noise (with the stochastic
+sampler, a Brownian bridge of it); the only column in which plans on DDIM and plans on DPM-Solver++ can be compared. Grids with
+fewer steps begin at another timestep, and `ddpm` and `dit` clip at every step, the more often the more steps there are.
+*Classes*: share of samples that the shipped classifier puts in the class of the full sampler's. *Units*: learning, in full
+sampling runs of the images that are learned from: 32 at 20 steps, 16 at 50; with the stochastic sampler 64 (DiT: 128) at 20
+steps, 16 (DDPM: 32, DiT: 64) at 50. The ratios of a cell share what is measured, 2x comes first and pays for it. *Graphs*:
+distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without
+guidance; `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the
+variance-weighted sum of the full sampler's noise.
+"""
+
+
+def write_table(folder: Path, output: Path) -> None:
+    """All cells as Markdown: fxmask's lead over the best rival that is no plan of ours, then every row."""
+    cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*stic.json"))}
+    every = [Cell(family, steps, eta).name for steps in (20, 50) for family in FAMILIES for eta in (0.0, 1.0)]
+    missing = [name for name in every if not all(f"{key} {ratio}" in cells.get(name, ()) for key in USUAL for ratio in RATIOS)]
+    lines = [INTRODUCTION]
+    if missing:
+        lines += ["Not measured yet, or not in full: " + ", ".join(missing) + ".", ""]
+    lines += ["## fxmask (default) and the best of the rivals", ""]
+    lines += [f"Bold: a lead of less than the {WANTED:g} dB that are aimed at, or a fixed plan of ours that is better.", ""]
+    lines += ["| cell | asked | fxmask | best rival | lead | best fixed plan of ours |", "|---|---|---|---|---|---|"]
+    for name, rows in cells.items():
+        for ratio in RATIOS:
+            here = _at(rows, ratio)
+            others = {key: row["psnr"] for key, row in here.items() if key not in OURS and "psnr" in row and "paper" not in key}
+            fixed = {key: row["psnr"] for key, row in here.items() if key in OURS[2:]}
+            if "fxmask" not in here or not others:
+                continue
+            ours, best = here["fxmask"]["psnr"], max(others, key=lambda key: others[key])
+            fixed_best = _marked(f"{max(fixed.values()):.1f}", max(fixed.values()) > ours) if fixed else ""
+            lead = _marked(f"{ours - others[best]:+.1f}", ours - others[best] < WANTED)
+            lines.append(columns(name, f"{ratio:g}x", f"{ours:.1f}", f"{others[best]:.1f} {best}", lead, fixed_best))
+    lines += seeds_table(folder) + fid_table(folder) + ablation_tables(folder)
+    for name, rows in cells.items():
+        lines += ["", f"## {name}", ""]
+        lines += ["| plan | asked | MAC ratio | PSNR | 10th pct | converged | classes | units | graphs |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for ratio in (1.0, *RATIOS):
+            for key, row in sorted(_at(rows, ratio).items(), key=lambda item: -item[1].get("psnr", 0.0)):
+                line = [key, f"{ratio:g}x", f"{row['ratio']:.2f}"]
+                line += [f"{row[column]:.1f}" if column in row else "" for column in ("psnr", "p10", "converged")]
+                line += [f"{row['agreement']:.0%}" if "agreement" in row else ""]
+                line += [f"{row['units']:.0f}" if "units" in row else "", str(row.get("graphs", ""))]
+                lines.append(columns(*line))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _marked(text: str, mark: bool) -> str:
+    return f"**{text}**" if mark else text
+
+
+def _at(rows: dict[str, Row], ratio: float) -> dict[str, Row]:
+    return {key.removesuffix(f" {ratio}"): row for key, row in rows.items() if key.endswith(f" {ratio}")}
+
+
+if __name__ == "__main__":
+    main()

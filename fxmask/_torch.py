@@ -1,0 +1,176 @@
+"""Every private or unstable name of PyTorch that fxmask uses, each with its reason: the one file to read when PyTorch moves.
+
+Inductor is imported when it is first needed: it takes seconds, and a saved package runs without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+
+# Fake tensors: shapes without memory, for models that are tried or captured without running them.
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+# The tracer behind torch.export: records the operators of a call on real tensors.
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+# Nested arguments as flat leaves, as torch.export itself flattens them.
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "aoti_compile",
+    "aoti_load",
+    "collected_output_code",
+    "cpp_compiler_problem",
+    "forget_compiled_call",
+    "get_proxy_mode",
+    "inductor_compile",
+    "make_fx",
+    "own_submodules",
+    "own_tensors",
+    "pytree",
+    "quiet_loggers",
+    "recording_graph",
+    "shape_only",
+    "share_state",
+    "version_of",
+    "without_inductor_cache",
+]
+
+OpOverload = torch._ops.OpOverload  # the type of ``torch.ops.aten.add.Tensor``: what graphs call
+HigherOrderOperator = torch._ops.HigherOrderOperator  # operators that take graphs: regions under no_grad, control flow
+
+# What a module holds its tensors and submodules in; there is no public way to have one module stand for another's.
+_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; -1 where that is not counted (inference tensors)."""
+    return -1 if tensor.is_inference() else int(tensor._version)
+
+
+def shape_only(cls: type, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass with shape, layout, type and device, and no memory."""
+    return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), tuple(strides), dtype=dtype, device=device)
+
+
+def share_state(module: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Let ``module`` hold ``model``'s own dictionaries: whatever is done to one is done to the other."""
+    module.__dict__.update({name: model.__dict__[name] for name in _STATE})
+
+
+def own_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module itself, without its submodules'."""
+    values = [*module._parameters.values(), *module._buffers.values()]
+    return [value for value in values if value is not None]
+
+
+def own_submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """Direct submodules by name, also such names as attributes cannot have."""
+    return module._modules
+
+
+def own_attributes(module: torch.nn.Module) -> list[Any]:
+    """What a module holds besides parameters, buffers and submodules."""
+    return [value for key, value in vars(module).items() if key not in _STATE[:3]]
+
+
+def forget_compiled_call(module: torch.nn.Module) -> None:
+    """Undo ``module.compile()``, which goes past ``forward``."""
+    module.__dict__["_compiled_call_impl"] = None
+
+
+def recording_graph() -> fx.Graph:
+    """The graph that ``make_fx`` is recording right now."""
+    mode: Any = get_proxy_mode()
+    graph: fx.Graph = mode.tracer.graph
+    return graph
+
+
+FAKE_TENSOR_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+STANDALONE_LOGGER = "torch._inductor.standalone_compile"
+
+
+@contextlib.contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Loggers of PyTorch that report what is expected here say nothing inside."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [log.disabled for log in loggers]
+    for log in loggers:
+        log.disabled = True
+    try:
+        yield
+    finally:
+        for log, disabled in zip(loggers, before, strict=True):
+            log.disabled = disabled
+
+
+def cpp_compiler_problem() -> str | None:
+    """Why Inductor finds no working C++ compiler, or ``None`` if it does."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever else a broken toolchain raises: eager still works
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def inductor_compile(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """Inductor itself, without torch.compile's guards and recompile limit, for the shapes of these arguments."""
+    artifact: Callable[..., Any] = torch._inductor.standalone_compile(
+        graph_module, list(arguments), dynamic_shapes="from_example_inputs"
+    )
+    return artifact
+
+
+@contextlib.contextmanager
+def without_inductor_cache() -> Iterator[None]:
+    """Inductor generates code inside, also where its cache has it."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
+@contextlib.contextmanager
+def collected_output_code(keep: Callable[[str], Any]) -> Iterator[None]:
+    """Hands every module that Inductor generates inside to ``keep``."""
+    from torch._inductor.graph import GraphLowering
+
+    with mock.patch.object(GraphLowering, "save_output_code", keep):
+        yield
+
+
+def aoti_compile(exported: torch.export.ExportedProgram, path: Path) -> None:
+    """Compile ahead of time into a package without line tables, which would be three quarters of it."""
+    options = {}
+    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
+        options["aot_inductor.enable_line_tables"] = False
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+
+
+def aoti_load(path: Path, device_index: int) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """What a package computes. ``aoti_load_package`` would first call the C++ compiler, to name vector instructions."""
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader
+    run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader(str(path), "model", False, 1, device_index).boxed_run
+    return run

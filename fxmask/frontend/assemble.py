@@ -1,0 +1,74 @@
+"""A checked graph and what is known of it, put together as a Program."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from fxmask.ir.block import Block
+from fxmask.ir.calls import BoundCall, Signature
+from fxmask.ir.graph import attribute
+from fxmask.ir.macs import count_attention_macs, count_macs
+from fxmask.ir.outputs import OutputSpec
+from fxmask.ir.program import Program
+from fxmask.passes.find_blocks import find_blocks
+
+UNVERIFIED = "torch.export (fake tensors, not verified)"
+
+
+def assemble_program(
+    module: fx.GraphModule,
+    model: torch.nn.Module,
+    signature: Signature,
+    bound: BoundCall,
+    outputs: OutputSpec,
+    roles: dict[str, str],
+    rung: str,
+) -> Program:
+    """The program of a checked graph: its blocks, MACs, roles and fingerprint."""
+    inputs = tuple(bound.tensors)
+    placeholders = list(module.graph.find_nodes(op="placeholder"))
+    sample = placeholders[inputs.index(signature.sample)]
+    batch = int(bound.tensors[signature.sample].shape[0])
+    blocks = find_blocks(module.graph, sample, batch)
+    weights = {str(node.target): attribute(module, node) for node in module.graph.nodes if node.op == "get_attr"}
+    return Program(
+        graph_module=module,
+        inputs=inputs,
+        example=bound,
+        signature=signature,
+        outputs=outputs,
+        roles={name: role_of(name, signature, roles) for name in inputs},
+        blocks=blocks,
+        macs=sum(count_macs(node) for node in module.graph.nodes),
+        attention_macs=sum(count_attention_macs(node) for node in module.graph.nodes),
+        model=model,
+        rung=rung,
+        verified=rung != UNVERIFIED,
+        fingerprint=fingerprint_of(module, blocks),
+        weights=weights,
+    )
+
+
+def role_of(name: str, signature: Signature, roles: Mapping[str, str]) -> str:
+    """Role of an input: as given, else by its place in the signature."""
+    root = name.split(".")[0]
+    if name in roles or root in roles:
+        return roles.get(name, roles.get(root, ""))
+    if name == signature.sample:
+        return "sample"
+    return "timestep" if name == signature.timestep else "conditioning"
+
+
+def fingerprint_of(module: fx.GraphModule, blocks: Sequence[Block]) -> str:
+    """Digest of operators and blocks. Independent of shapes, so that other batch sizes of a model have the same one."""
+    digest = hashlib.sha256()
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            digest.update(str(node.target).encode())
+    for block in blocks:
+        digest.update(f"{block.kind} {block.name} {len(block.values)}".encode())
+    return digest.hexdigest()[:16]

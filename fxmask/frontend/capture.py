@@ -1,0 +1,202 @@
+"""nn.Module -> Program: a ladder of ways to capture, each checked against the model on real inputs.
+
+An export that succeeds can still compute something else, so no rung is trusted: a graph that differs from the model is
+refused and the next rung is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxmask._torch import FakeTensorMode
+from fxmask.errors import CaptureError, InputError
+from fxmask.frontend.arguments import needed_names
+from fxmask.frontend.assemble import UNVERIFIED, assemble_program, role_of
+from fxmask.frontend.fake import fake_call, fake_copy, is_abstract, quiet_torch
+from fxmask.frontend.infer import infer_call
+from fxmask.frontend.refusals import explain, refuse_data_dependent
+from fxmask.frontend.rungs import LADDER, Export, export_draft, export_running
+from fxmask.frontend.timestep_form import choose_timestep_form
+from fxmask.frontend.trace_values import trace_values
+from fxmask.frontend.verify import find_difference, many_inputs, output_spec_of, usual_inputs
+from fxmask.ir.calls import BoundCall, Signature
+from fxmask.ir.outputs import OutputSpec
+from fxmask.ir.program import Program
+
+logger = logging.getLogger(__name__)
+ROLES = ("sample", "timestep", "conditioning", "step")
+
+
+def capture(
+    model: torch.nn.Module,
+    example_inputs: Mapping[str, Any] | None = None,
+    *,
+    roles: Mapping[str, str] | None = None,
+    batch_size: int = 2,
+) -> Program:
+    """Capture a denoiser as a functional graph and find its blocks.
+
+    A model without weights (built under ``torch.device("meta")`` or a fake tensor mode) is captured too, for its blocks and
+    MACs: the program says ``verified=False`` and cannot be compiled.
+
+    Args:
+        model: the denoiser, in eval mode. Its weights are shared, never copied.
+        example_inputs: arguments of one call by name. What is missing is inferred from the signature and the config, with
+            random values: enough for a graph, not to learn a mask from.
+        roles: overrides of what an argument is: ``"sample"``, ``"timestep"``, ``"conditioning"`` (constant over a
+            generation) or ``"step"`` (changes at every step, e.g. ControlNet residuals).
+        batch_size: of inferred arguments.
+
+    Raises:
+        InputError: training mode, unknown roles, arguments that do not fit the model's signature, or that are missing and
+            cannot be inferred; names them with shapes and types.
+        CaptureError: no way of capture gave a graph that computes what the model computes; says what was tried.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise InputError(
+            f"{type(model).__name__} is in training mode, where dropout and batch statistics change every call; "
+            "call model.eval() first"
+        )
+    unknown = {name: role for name, role in (roles or {}).items() if role not in ROLES}
+    if unknown:
+        raise InputError(f"unknown roles {unknown}; choose from {ROLES}")
+    with quiet_torch(), torch.no_grad():
+        signature = Signature.of(model, roles)
+        given = dict(example_inputs or {})
+        if is_abstract(model):
+            return _capture_abstract(model, signature, given, batch_size, dict(roles or {}))
+        if not needed_names(signature) <= given.keys():
+            given = infer_call(model, given, batch_size, signature)
+        try:
+            form, bound = choose_timestep_form(model, signature, given)
+            outputs = output_spec_of(model, bound)
+        except (CaptureError, InputError):
+            raise
+        except Exception as error:  # the model itself failed: perhaps for want of an argument
+            inferred = _inferred(model, signature, given, batch_size, error)
+            form, bound = choose_timestep_form(model, signature, inferred)
+            outputs = output_spec_of(model, bound)
+        return _capture(model, form, bound, outputs, dict(roles or {}))
+
+
+def _inferred(
+    model: torch.nn.Module, signature: Signature, given: dict[str, Any], batch_size: int, error: Exception
+) -> dict[str, Any]:
+    """The given arguments with those that the model cannot do without; its own ``error`` if nothing helps."""
+    try:
+        found = infer_call(model, given, batch_size, signature)
+    except InputError as reason:
+        raise InputError(f"{type(model).__name__} fails with the given arguments: {explain(error, model)}. {reason}") from error
+    if found.keys() == given.keys():
+        raise error
+    return found
+
+
+def _capture_abstract(
+    model: torch.nn.Module, signature: Signature, given: dict[str, Any], batch_size: int, roles: dict[str, str]
+) -> Program:
+    """Capture of a model that has shapes but no weights, by way of a copy on fake tensors."""
+    call = given if needed_names(signature) <= given.keys() else infer_call(model, given, batch_size, signature)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copy = fake_copy(model, mode)
+    tried = []
+    with mode:
+        for batched in (True, False):
+            form = replace(signature, batched_timestep=batched)
+            try:
+                bound = form.bind((), fake_call(call, mode))
+                outputs = output_spec_of(copy, bound)
+                module = export_running(copy, bound)
+                refuse_data_dependent(module)
+                return assemble_program(module, model, form, bound, outputs, roles, UNVERIFIED)
+            except Exception as error:
+                tried.append(f"  {UNVERIFIED}: {explain(error, copy)}")
+                logger.debug("abstract capture failed", exc_info=True)
+    raise CaptureError(f"{type(model).__name__}, which has no weights, could not be captured. Tried:\n" + "\n".join(tried))
+
+
+def capture_bound(
+    model: torch.nn.Module, signature: Signature, bound: BoundCall, roles: Mapping[str, str] | None = None
+) -> Program:
+    """Capture for a call that is already in canonical form."""
+    with quiet_torch(), torch.no_grad():
+        return _capture(model, signature, bound, output_spec_of(model, bound), dict(roles or {}))
+
+
+def _capture(
+    model: torch.nn.Module, signature: Signature, bound: BoundCall, outputs: OutputSpec, roles: dict[str, str]
+) -> Program:
+    tried: list[str] = []
+    for rung, export, form, call in _attempts(signature, bound, roles):
+        module = _climb(model, call, signature.timestep, rung, export, tried)
+        if module is not None:
+            return assemble_program(module, model, form, call, outputs, roles, rung)
+    raise CaptureError(
+        f"{type(model).__name__} could not be captured as a graph that computes what the model computes. "
+        "Tried:\n" + "\n".join(tried) + _advice(model)
+    )
+
+
+def _climb(
+    model: torch.nn.Module, bound: BoundCall, timestep: str | None, rung: str, export: Export, tried: list[str]
+) -> fx.GraphModule | None:
+    """The graph of one rung if it computes what the model computes; else ``None``, and the reason in ``tried``."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph of an export that failed
+            module = export(model, bound)
+        refuse_data_dependent(module)
+        inputs = many_inputs if export is export_draft else usual_inputs
+        difference = find_difference(module, model, bound, inputs(bound, timestep))
+    except Exception as error:  # each rung fails in its own ways; all of them are reported
+        tried.append(f"  {rung}: {explain(error, model)}")
+        logger.debug("%s failed", rung, exc_info=True)
+        return None
+    if difference is not None:
+        tried.append(f"  {rung}: {difference}")
+        return None
+    return module
+
+
+def _attempts(
+    signature: Signature, bound: BoundCall, roles: Mapping[str, str]
+) -> Iterator[tuple[str, Export, Signature, BoundCall]]:
+    """The ladder. After tracing with values, the same with the values of masks, lengths and ids held fixed: these can be
+    sizes, and a graph is for one size."""
+    for rung, export in LADDER.items():
+        yield rung + _held(signature), export, signature, bound
+        if export is trace_values and not signature.fixed:
+            names = tuple(
+                name
+                for name, x in bound.tensors.items()
+                if role_of(name, signature, roles) == "conditioning" and x.dim() <= 2 and _is_integral(x)
+            )
+            if names:
+                fixed = replace(signature, fixed=names)
+                yield rung + _held(fixed), export, fixed, fixed.bind((), bound.arguments)
+
+
+def _held(signature: Signature) -> str:
+    return f", {', '.join(signature.fixed)} fixed" if signature.fixed else ""
+
+
+def _is_integral(x: torch.Tensor) -> bool:
+    if x.is_complex():
+        return False
+    return not x.is_floating_point() or bool((x == x.round()).all())
+
+
+def _advice(model: torch.nn.Module) -> str:
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if not scripted:
+        return ""
+    return f"\nTorchScript submodules cannot be exported: {scripted[:5]}; use the modules that they were scripted from"

@@ -1,0 +1,89 @@
+"""Capture again, for a call of another shape or type, with the blocks of the first capture."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+
+import torch
+
+from fxmask.errors import CaptureError
+from fxmask.frontend.assemble import assemble_program
+from fxmask.frontend.capture import capture_bound
+from fxmask.frontend.fake import quiet_torch
+from fxmask.frontend.symbolic_export import export_symbolic
+from fxmask.frontend.verify import find_difference, output_spec_of, usual_inputs
+from fxmask.frontend.wrapper import MODEL, Wrapper
+from fxmask.ir.block import Block
+from fxmask.ir.calls import BoundCall
+from fxmask.ir.program import Program
+from fxmask.passes.find_blocks import describe_blocks
+from fxmask.passes.functionalize import functionalize
+
+logger = logging.getLogger(__name__)
+
+
+def recapture(program: Program, bound: BoundCall) -> Program:
+    """Capture the program's model again for a call of another shape or type, with the same blocks.
+
+    Where both graphs have the same operators in the same order, blocks keep their places; else they are found again and
+    must have the same names.
+
+    Raises:
+        CaptureError: the new graph has other blocks, so that a mask for the old one cannot be used.
+    """
+    roles = {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
+    with quiet_torch(), torch.no_grad():
+        symbolic = _from_symbolic(program, bound, roles)
+    if symbolic is not None:
+        with contextlib.suppress(CaptureError):  # symbolic sizes can lead through other operators
+            return _carry_blocks(program, symbolic)
+    return _carry_blocks(program, capture_bound(program.model, program.signature, bound, roles))
+
+
+def _carry_blocks(program: Program, fresh: Program) -> Program:
+    """A new capture with the blocks of an old one."""
+    old = [node for node in program.graph_module.graph.nodes if node.op == "call_function"]
+    new = [node for node in fresh.graph_module.graph.nodes if node.op == "call_function"]
+    if [str(node.target) for node in old] == [str(node.target) for node in new]:
+        twins = {a.name: b.name for a, b in zip(old, new, strict=True)}
+        values = {block.name: tuple(twins[v] for v in block.values) for block in program.blocks}
+        blocks = describe_blocks(fresh.graph_module.graph, program.blocks, values, fresh.batch_size)
+    else:
+        by_name = {block.name: block for block in fresh.blocks}
+        missing = [block.name for block in program.blocks if not _same_kind(block, by_name.get(block.name))]
+        if missing:
+            raise CaptureError(
+                f"captured for other shapes, {type(program.model).__name__} has no blocks {missing[:5]}; "
+                "accelerate the model for these shapes separately"
+            )
+        blocks = tuple(by_name[block.name] for block in program.blocks)
+    return replace(fresh, blocks=blocks, fingerprint=program.fingerprint, symbolic=program.symbolic)
+
+
+def _same_kind(old: Block, new: Block | None) -> bool:
+    return new is not None and new.kind == old.kind and len(new.values) == len(old.values)
+
+
+def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) -> Program | None:
+    """The program for another shape from one symbolic capture, compared with the model; ``None`` if it cannot be had."""
+    model = program.model
+    try:
+        if not any(graph.covers(bound) for graph in program.symbolic):
+            wrapper = Wrapper(model, program.example).eval()
+            made = export_symbolic(program.example, bound, wrapper, lambda exported: functionalize(exported, model, MODEL))
+            if made is None or not made.covers(bound):
+                return None
+            program.symbolic.append(made)
+        graph = next(graph for graph in program.symbolic if graph.covers(bound))
+        module = graph.at(bound)
+        difference = find_difference(module, model, bound, usual_inputs(bound, program.signature.timestep))
+    except Exception:  # an export fails in many ways; another capture follows
+        logger.debug("no symbolic capture", exc_info=True)
+        return None
+    if difference is not None:
+        logger.debug("the symbolic capture is refused: %s", difference)
+        return None
+    outputs = output_spec_of(model, bound)
+    return assemble_program(module, model, program.signature, bound, outputs, roles, "torch.export (symbolic sizes)")

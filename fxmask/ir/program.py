@@ -1,0 +1,146 @@
+"""Program: a captured denoiser and what was found in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxmask.errors import CaptureError
+from fxmask.ir.block import Block
+from fxmask.ir.calls import BoundCall, Signature
+from fxmask.ir.forecast import INPUT
+from fxmask.ir.liveness import live_nodes
+from fxmask.ir.macs import count_macs
+from fxmask.ir.outputs import OutputSpec
+from fxmask.ir.summary import block_table, human_count
+from fxmask.ir.symbolic import SymbolicGraph
+from fxmask.ir.text import as_html
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Program:
+    """A denoiser as a functional graph, checked against the model.
+
+    Attributes:
+        graph_module: ATen graph. Placeholders are ``inputs``, in order; parameters are ``get_attr`` nodes that hold
+            the model's own ``Parameter`` objects; the output is a tuple of tensors.
+        inputs: leaf names of the tensor arguments, e.g. ``"sample"``, ``"added_cond_kwargs.text_embeds"``.
+        example: the call that the graph was captured with.
+        signature: how the model is called.
+        outputs: how graph outputs become the model's return value.
+        roles: of each input: ``"sample"``, ``"timestep"``, ``"conditioning"`` (constant over a generation) or
+            ``"step"`` (changes at every step).
+        blocks: what can be skipped, in graph order.
+        macs: multiply-accumulates of one call at the captured batch size; ``attention_macs`` of them in attention.
+        model: the denoiser.
+        rung: the way of capture that worked.
+        verified: whether the graph was compared with the model on real inputs.
+        fingerprint: digest of the graph's structure and the block names.
+        weights: the parameters and buffers that the graph holds, by graph attribute, as they were at capture.
+        symbolic: captures with symbolic sizes, made when the model is called with another shape; shared by all captures.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[str, ...]
+    example: BoundCall = field(repr=False)
+    signature: Signature = field(repr=False)
+    outputs: OutputSpec = field(repr=False)
+    roles: Mapping[str, str]
+    blocks: tuple[Block, ...]
+    macs: int
+    attention_macs: int
+    model: torch.nn.Module = field(repr=False)
+    rung: str
+    verified: bool
+    fingerprint: str
+    weights: Mapping[str, torch.Tensor] = field(repr=False)
+    symbolic: list[SymbolicGraph] = field(repr=False, default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size of the captured call."""
+        return int(self.example.tensors[self.signature.sample].shape[0])
+
+    @property
+    def branches(self) -> tuple[Block, ...]:
+        """The disjoint residual branches."""
+        return tuple(block for block in self.blocks if block.kind == "branch")
+
+    @property
+    def stages(self) -> tuple[Block, ...]:
+        """Values of the whole stream, e.g. the outputs of U-Net levels; they enclose each other."""
+        return tuple(block for block in self.blocks if block.kind == "stage")
+
+    @property
+    def deepest_stage(self) -> Block | None:
+        """The stage inside of most others, e.g. the middle of a U-Net; ``None`` if there are no stages."""
+        return max(self.stages, key=lambda block: block.depth, default=None)
+
+    @functools.cached_property
+    def input_block(self) -> Block:
+        """The noisy sample as a block of no cost, never skipped, which forecasts may read."""
+        placeholders = list(self.graph_module.graph.find_nodes(op="placeholder"))
+        node = placeholders[self.inputs.index(self.signature.sample)]
+        value = self.example.tensors[self.signature.sample]
+        return Block(INPUT, "input", (node.name,), 0, value.numel() * value.element_size() // max(1, self.batch_size))
+
+    def block(self, name: str) -> Block:
+        """The block of that name; ``KeyError`` if there is none."""
+        return self.input_block if name == INPUT else self._blocks_by_name[name]
+
+    def node(self, name: str) -> fx.Node:
+        """The graph node of that name; ``KeyError`` if there is none."""
+        return self._nodes_by_name[name]
+
+    def require_verified(self) -> None:
+        """Refuse a program that was never compared with its model.
+
+        Raises:
+            CaptureError: the model was captured without weights.
+        """
+        if not self.verified:
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured without weights, on fake tensors: its blocks and MACs can be read, "
+                "but it cannot run. Load the weights and capture it again"
+            )
+
+    def coverage(self, kinds: Iterable[str] = ("branch", "stage")) -> float:
+        """Share of all MACs that a step is spared when it loads every block of these kinds."""
+        chosen = set(kinds)
+        given = {value for block in self.blocks if block.kind in chosen for value in block.values}
+        live, _ = live_nodes(self.graph_module.graph, given)
+        return 1 - sum(map(count_macs, live)) / max(1, self.macs)
+
+    @functools.cached_property
+    def _blocks_by_name(self) -> dict[str, Block]:
+        return {block.name: block for block in self.blocks}
+
+    @functools.cached_property
+    def _nodes_by_name(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.graph_module.graph.nodes}
+
+    def summary(self) -> str:
+        """The blocks in the order in which they are computed: kind, MACs and share of all MACs, bytes per sample.
+
+        A line without a kind is a module; its share is that of the branches inside it.
+        """
+        shape = f"{type(self.model).__name__}: {human_count(self.macs)}MACs per call at batch {self.batch_size} "
+        shape += f"({human_count(self.attention_macs)} in attention), {len(self.graph_module.graph.nodes)} nodes, "
+        shape += f"{len(self.blocks)} blocks, captured by {self.rung}" + ("" if self.verified else "; NOT VERIFIED")
+        covered = f"branch blocks own {self.coverage(('branch',)):.1%} of the MACs, with stages {self.coverage():.1%}"
+        return "\n".join([shape, *block_table(self.blocks, self.macs), covered])
+
+    __str__ = summary
+
+    def __repr__(self) -> str:
+        return (
+            f"Program({type(self.model).__name__}, {human_count(self.macs)}MACs per call at batch {self.batch_size}, "
+            f"{len(self.blocks)} blocks, {len(self.graph_module.graph.nodes)} nodes)"
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(self.summary())

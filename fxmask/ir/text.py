@@ -1,0 +1,110 @@
+"""Masks and plans as a screenful of text, and as HTML for notebooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxmask.ir.mask import Mask
+    from fxmask.ir.plan import Plan
+
+ROWS = 40  # lines that a table has at most
+COLUMNS = 100  # steps that a row shows at most; beyond this several share a character
+LABEL = 44  # characters of a name
+COMPUTED, LOADED, FORMED, SOME = "#", ".", "+", "-"  # SOME: a character for several steps, of which a part computes
+
+
+def mask_text(mask: Mask) -> str:
+    """A row for every block (blocks with equal rows share one), a character for every step."""
+    steps, blocks = mask.num_steps, len(mask.blocks)
+    formed = mask.forecast.terms if mask.forecast else {}
+    share = float(mask.compute.double().mean()) if blocks else 1.0
+    lines = [
+        f"Mask: {steps} steps, {blocks} blocks, {share:.0%} computed, {len(formed)} forecasts, "
+        f"timesteps {mask.timesteps[0]:g} to {mask.timesteps[-1]:g}",
+        f"({COMPUTED} computed, {LOADED} reused, {FORMED} forecast or blended"
+        + (f", {SOME} some of {-(-steps // COLUMNS)} steps computed)" if steps > COLUMNS else ")"),
+    ]
+    groups: dict[str, list[str]] = {}
+    for b, name in enumerate(mask.blocks):
+        column = mask.compute[:, b].tolist()
+        row = [FORMED if (i, name) in formed else COMPUTED if on else LOADED for i, on in enumerate(column)]
+        groups.setdefault(_squeezed(row), []).append(name)
+    shown = list(groups.items())
+    for pattern, names in shown[:ROWS]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{_short(names[0], LABEL - len(more)) + more:<{LABEL}} {pattern}")
+    if len(shown) > ROWS:
+        lines.append(f"... and {len(shown) - ROWS} more rows; mask.compute has all of them")
+    return "\n".join(lines)
+
+
+def plan_text(plan: Plan) -> str:
+    """The savings, then what each step does; neighbouring steps that run one graph share a line."""
+    lines = [
+        f"Plan: {plan.mask.num_steps} steps, {plan.mac_ratio:.2f}x fewer MACs, {plan.distinct_graphs} step graphs, "
+        f"peak cache {plan.peak_cache_bytes / 2**20:.2f} MiB per lane",
+        f"{'steps':<9} {'graph':>5} {'MACs':>6} {'computes':>9} {'loads':>6} {'forecasts':>10} {'stores':>7}",
+    ]
+    runs: list[list[int]] = []
+    for i in range(plan.start, len(plan.steps)):
+        same = runs and plan.steps[runs[-1][-1]].graph == plan.steps[i].graph
+        if same and len(plan.steps[i].store) == len(plan.steps[runs[-1][-1]].store):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    for run in _ends(runs, ROWS):
+        if run is None:
+            lines.append("...")
+            continue
+        step = plan.steps[run[0]]
+        named = f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}"
+        forecasts = sum(not x.plain for x in step.formed)
+        lines.append(
+            f"{named:<9} {step.graph:>5} {step.macs / max(1, plan.full_macs):>6.0%} {len(step.compute):>9} "
+            f"{len(step.load):>6} {forecasts:>10} {len(step.store):>7}"
+        )
+    lines.append("plan.explain(step, program) says what one step does, and why")
+    return "\n".join(lines)
+
+
+def as_html(text: str) -> str:
+    """Text for a notebook, in its own columns."""
+    return f"<pre style='line-height:1.2'>{html.escape(text)}</pre>"
+
+
+def mask_html(mask: Mask) -> str:
+    """A heat map: a row for every block, a column for every step, dark where it is computed."""
+    size = max(2, min(12, 900 // max(1, mask.num_steps)))
+    formed = mask.forecast.terms if mask.forecast else {}
+    cells = []
+    for b, name in enumerate(mask.blocks):
+        for i, on in enumerate(mask.compute[:, b].tolist()):
+            colour = "#9ecae1" if (i, name) in formed else "#08519c" if on else "#eff3ff"
+            cells.append(
+                f"<rect x='{i * size}' y='{b * size}' width='{size}' height='{size}' fill='{colour}'>"
+                f"<title>step {i}, {html.escape(name)}</title></rect>"
+            )
+    width, height = mask.num_steps * size, len(mask.blocks) * size
+    title = html.escape(repr(mask))
+    return f"<div>{title}<br><svg width='{width}' height='{height}'>{''.join(cells)}</svg></div>"
+
+
+def _squeezed(row: Sequence[str]) -> str:
+    """A row of at most ``COLUMNS`` characters."""
+    size = -(-len(row) // COLUMNS)
+    parts = [row[k : k + size] for k in range(0, len(row), size)]
+    return "".join(part[0] if len(set(part)) == 1 else SOME for part in parts)
+
+
+def _short(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width - 3]}..."
+
+
+def _ends(items: Sequence[list[int]], most: int) -> list[list[int] | None]:
+    """The items, with ``None`` for those in the middle where there are too many."""
+    if len(items) <= most:
+        return list(items)
+    return [*items[: most // 2], None, *items[-most // 2 :]]

@@ -1,0 +1,57 @@
+"""How much work learning may take, and what bounds a plan besides its cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxmask.errors import OutcomeError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work a plan may take, in full sampling runs of the recorded trajectories.
+
+    Attributes:
+        units: in all, for one outcome; refinement stops there.
+        kinds: how many levels are tried at equal distances, 0: all of them.
+        starts: first steps at which runs are measured, 0: none.
+        levels: for how many levels.
+        search: units of local search.
+        rounds: of refinement.
+        finalists: how many schedules are refined and compared on held-out noise.
+    """
+
+    units: float
+    kinds: int
+    starts: int
+    levels: int
+    search: float
+    rounds: int
+    finalists: int
+
+
+EFFORTS = {
+    "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3),
+    "quick": Effort(units=18.0, kinds=3, starts=0, levels=0, search=0.0, rounds=1, finalists=1),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on a plan besides its MACs.
+
+    Attributes:
+        max_graphs: most distinct step graphs.
+        max_cache_bytes: most bytes cached at once, at the captured batch size.
+
+    Raises:
+        OutcomeError: a bound is no whole number, or below 1.
+    """
+
+    max_graphs: int | None = None
+    max_cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OutcomeError(f"{name}={value!r} must be a whole number, at least 1")

@@ -1,0 +1,95 @@
+"""The best schedules, and what refinement makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fxmask.learning.candidate import Candidate
+from fxmask.learning.constraints import keeps_limits
+from fxmask.learning.effort import Limits
+from fxmask.learning.measured import Measured
+from fxmask.learning.schedule import Coefficients, Terms
+from fxmask.learning.student import Student
+
+ROUNDS = 5  # of refinement at most for the best plan with a stochastic sampler
+ENOUGH = 0.03  # dB: a round that gains less is the last one
+
+
+def best_of_families(pool: Sequence[Candidate], count: int) -> list[Candidate]:
+    """The best schedules, one of each family first."""
+    ranked = sorted(pool, key=lambda c: c.score)
+    families: dict[str, Candidate] = {}
+    for candidate in ranked:
+        families.setdefault(candidate.schedule.family, candidate)
+    first = list(families.values())
+    return (first + [c for c in ranked if c not in first])[:count]
+
+
+def refine_finalists(
+    measured: Measured, finalists: Sequence[Candidate], limits: Limits, *, rounds: int, ends: float, stochastic: bool
+) -> list[Candidate]:
+    """The finalists, and those of few coefficients with these refined, while units are left.
+
+    With a stochastic sampler, where fits along the way say less about the final samples, each is refined by one round
+    and the best of them by more, as long as the held-out noise is better for it.
+
+    Args:
+        measured: measures.
+        finalists: to refine.
+        limits: that refined plans keep.
+        rounds: of refinement.
+        ends: units.
+        stochastic: whether the sampler is.
+    """
+    found, refined = list(finalists), []
+    for candidate in sorted(finalists, key=lambda c: c.score):
+        if candidate.is_refinable:
+            freed = free_coefficients(measured.student, candidate, limits) if stochastic else candidate
+            better = measured.refine(freed, 1 if stochastic else rounds, ends, again=stochastic)
+            if better and (not better.schedule.blend or measured.judged(better)[0] < measured.judged(candidate)[0]):
+                refined.append(better)
+    best = min(refined, key=lambda c: c.score, default=None)
+    for _ in range(ROUNDS if stochastic and rounds > 1 else 0):
+        better = best and measured.refine(best, 1, ends, again=True)
+        if not best or not better or better.score > best.score - ENOUGH:
+            break
+        if better.schedule.blend and measured.judged(better)[0] > measured.judged(best)[0]:
+            break
+        best = better
+        refined.append(better)
+    return found + refined
+
+
+def free_coefficients(student: Student, candidate: Candidate, limits: Limits) -> Candidate:
+    """With a stochastic sampler, the same candidate with more coefficients to refine, if some of its steps compute part.
+
+    Reused blocks do not see the noise that was injected since. They may be scaled, and read an older value too; the
+    output is blended with the one before and with noisy samples. What is nearest at each step, block by block, is not
+    best in the end, so all of it starts as plain reuse.
+    """
+    schedule, output = candidate.schedule, student.output
+    partial = any(loads and output not in loads for loads in schedule.loads)
+    if output is None or not student.reads_samples(output) or not partial:
+        return candidate
+    freed = replace(schedule, samples=max(2, schedule.samples), blend=1)
+    coefficients: dict[tuple[int, str], Terms] = {}
+    for i, loads in enumerate(schedule.loads):
+        for name in sorted(loads | ({output} if student.blends(freed, i) else set())):
+            given = dict(candidate.coefficients.get((i, name), ()))
+            sources = list(dict.fromkeys([*given, *student.sources(freed, i, name)]))
+            coefficients[i, name] = tuple((s, given.get(s, 0.0) if given else float(s == sources[0])) for s in sources)
+    result = replace(candidate, schedule=freed, coefficients=coefficients)
+    return result if keeps_limits(student, limits, freed, coefficients) else candidate
+
+
+def refit_on_held_out(measured: Measured, candidate: Candidate, judged: float) -> Coefficients:
+    """The coefficients after a last step on the held-out noise, kept if all images are better for it.
+
+    With so many coefficients that only adjoints refine them, the held-out noise has told when to stop: these stay.
+    """
+    if candidate.schedule.blend or not candidate.is_refinable:
+        return candidate.coefficients
+    score, refitted, again = measured.refit(candidate)
+    better = measured.of_all(again, score) < measured.of_all(candidate.score, judged)
+    return refitted if better else candidate.coefficients

@@ -1,0 +1,86 @@
+"""Levels: blocks that are formed together, and full steps placed between them without measuring anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxmask.learning.schedule import Origin, Schedule
+from fxmask.learning.student import Student, output_blocks
+
+LEVELS = 9  # at most this many levels are tried
+
+
+@dataclass(frozen=True)
+class Level:
+    """Blocks that are formed together, and how.
+
+    Attributes:
+        name: for reports.
+        loads: their names.
+        history: fresh values that a forecast reads.
+        samples: noisy samples that a forecast of the output reads.
+    """
+
+    name: str
+    loads: frozenset[str]
+    history: int
+    samples: int
+
+
+def levels_of(student: Student, samples: int) -> list[Level]:
+    """The levels that are worth trying, cheapest for the step first.
+
+    Args:
+        student: whose program.
+        samples: noisy samples that forecasts of the output may read.
+    """
+    program = student.program
+    outputs = frozenset(b.name for b in output_blocks(program))
+    branches = frozenset(b.name for b in program.branches)
+    named: dict[frozenset[str], str] = {outputs: "output"} if outputs else {}
+    if branches:
+        named[branches] = "branches"
+    stages: list[tuple[float, frozenset[str], str]] = []
+    for block in program.blocks:
+        if block.kind == "stage":
+            alone = frozenset([block.name])
+            rest = alone | (branches & student.computed(alone))
+            stages.append((student.cost(alone), alone, block.name))
+            stages.append((student.cost(rest), rest, f"{block.name} and branches"))
+    last = -1.0
+    for cost, loads, name in sorted(stages, key=lambda s: s[0]):  # of levels that cost nearly the same, one is enough
+        if cost > last + 0.04 and cost < 0.8 and all(abs(cost - student.cost(other)) > 0.03 for other in named):
+            named[loads] = name
+            last = cost
+    ordered = sorted(named, key=student.cost)[:LEVELS]
+    return [Level(named[loads], loads, history, samples if loads == outputs else 0) for loads in ordered for history in (1, 3)]
+
+
+def count_full(student: Student, level: Level, budget: float) -> int | None:
+    """How many full steps, with the level in between, come nearest to a budget.
+
+    ``None`` if the level alone costs as much, or saves less than 3 % of a step.
+    """
+    steps, cost = student.num_steps, student.cost(level.loads)
+    if cost >= budget or cost > 0.97:
+        return None
+    return min(steps, max(1, round((budget - cost) / (1 - cost) * steps)))
+
+
+def evenly(student: Student, level: Level, budget: float, bend: float = 1.0) -> Schedule | None:
+    """Full steps at equal distances, or denser at the beginning (``bend`` > 1) or at the end (< 1).
+
+    ``None`` if the level saves too little for the budget.
+    """
+    steps, count = student.num_steps, count_full(student, level, budget)
+    if count is None:
+        return None
+    full: list[int] = []
+    for k in range(count):
+        wanted = round((k / count) ** bend * steps)
+        full.append(min(max(wanted, full[-1] + 1 if full else 0), steps - count + k))
+    loads = tuple(frozenset() if i in full else level.loads for i in range(steps))
+    return Schedule(loads, level.history, level.samples, origin=Origin.EVEN if bend == 1.0 else Origin.BENT, family=level.name)
+
+
+BENDS = (0.75, 1.35)

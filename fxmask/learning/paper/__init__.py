@@ -1,0 +1,1 @@
+"""The learner of arXiv 2603.19939."""

@@ -1,0 +1,111 @@
+"""Probes: first-order errors of single blocks, from backward passes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from fxmask.ir.interpret import interpret
+from fxmask.ir.program import Program
+from fxmask.learning.student import Student, per_image
+from fxmask.sampling.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+MAX_AGE = 8
+PROBES = 2
+MEMORY = 2 << 30  # bytes of recorded block values that may be held at once
+
+
+class Probes(NamedTuple):
+    """Mean squares of probes over directions and images, float64.
+
+    Attributes:
+        alone: of each block at ages 1..A, ``[T, B, A]``.
+        together: of the sum over all blocks at age 1, ``[T]``.
+    """
+
+    alone: torch.Tensor
+    together: torch.Tensor
+
+
+def has_derivatives(program: Program) -> bool:
+    """Whether the prediction can be differentiated by every float input that it depends on; custom operators often cannot."""
+    tensors = list(program.example.tensors.values())
+    outputs, _ = _forward(program.graph_module, tensors, {})
+    try:
+        outputs[0].sum().backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        logger.info("the denoiser has no derivatives, so plans that need them are not tried: %s", error)
+        return False
+    return True
+
+
+def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
+    """Probes of some blocks, from forwards and backwards through every recorded call of the first lane."""
+    lanes = len(student.order) / student.num_steps
+    student.units += (1 + 2 * PROBES) / lanes  # of each step: one forward pass, and a backward pass of twice that per probe
+    first = student.first_trajectory()
+    parts = [_probes_of(student, t, first + n, blocks) for n, t in enumerate(student.trajectories)]
+    probes = torch.cat(student.group.gather(parts), dim=1).double()
+    return Probes(probes.pow(2).mean(dim=1), probes[..., 0].sum(dim=2).pow(2).mean(dim=1))
+
+
+def _probes_of(student: Student, trajectory: Sampler, seed: int, blocks: Sequence[str]) -> torch.Tensor:
+    """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs."""
+    program = student.program
+    values = {value: b for b, name in enumerate(blocks) for value in program.block(name).values}
+    window: list[dict[str, torch.Tensor]] = []  # values of the latest steps, this one last
+    images = trajectory.batch_size
+    rows = []
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(student.num_steps):
+        bound = program.signature.bind((), dict(trajectory.calls[step][0]))
+        outputs, found = _forward(program.graph_module, list(bound.tensors.values()), values)
+        window = [*window, {name: value.detach() for name, value in found.items()}][-MAX_AGE - 1 :]
+        held = sum(v.numel() * v.element_size() for kept in window for v in kept.values())
+        if held > MEMORY:
+            window = window[-2:]
+        table = torch.zeros(PROBES, images, len(blocks), MAX_AGE)
+        names = [name for name, value in found.items() if value.requires_grad]
+        for r in range(PROBES if step and names else 0):
+            u = torch.randn(outputs[0].shape, generator=generator).to(outputs[0])
+            wanted = [found[n] for n in names]
+            gradients = torch.autograd.grad(outputs[0], wanted, u, retain_graph=r + 1 < PROBES, allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is None:
+                    continue
+                for age in range(1, len(window)):
+                    moved = window[-1 - age][name] - window[-1][name]
+                    products = per_image(gradient * moved, images) / math.sqrt(outputs[0].numel() / images)
+                    table[r, :, values[name], age - 1] += products.cpu()
+            del gradients
+        if step:  # older than the run: as bad as the oldest there is
+            table[..., len(window) - 1 :] = table[..., len(window) - 2 : len(window) - 1]
+        rows.append(table.flatten(0, 1))
+    return torch.stack(rows)
+
+
+@torch.enable_grad()
+def _forward(
+    module: fx.GraphModule, tensors: Sequence[torch.Tensor], wanted: Mapping[str, int]
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Outputs of a graph and some of its values, with gradients from the first wanted value on."""
+    found: dict[str, torch.Tensor] = {}
+
+    def watch(node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if node.op == "placeholder":
+            return value.detach().requires_grad_() if value.is_floating_point() else value
+        if node.op == "get_attr":
+            return value.detach()
+        if node.name in wanted:
+            found[node.name] = value
+        return value
+
+    return list(interpret(module, tensors, watch)), found

@@ -1,0 +1,69 @@
+"""Measured errors of runs: a level is formed at some steps in a row, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fxmask.learning.levels import Level
+from fxmask.learning.schedule import Schedule
+from fxmask.learning.student import Student
+
+MAX_RUN = 3  # longer runs are extrapolated
+
+
+def measure_runs(student: Student, level: Level, starts: int, bar: Callable[[], None] = lambda: None) -> torch.Tensor:
+    """Relative errors float64 ``[T, R]`` of runs of 1..R formed steps from each step on; infinite where there is none.
+
+    About ``starts`` first steps are tried, with the last three and the first two among them; those between are
+    interpolated. Mean of the logarithm over images, as in ``Student.score``.
+    """
+    steps = student.num_steps
+    inner = [round(1 + k * (steps - 2) / max(1, starts - 1)) for k in range(starts)]
+    tried = sorted({*inner, 1, 2, steps - 3, steps - 2, steps - 1} & set(range(1, steps)))
+    base = student.rollout(_stored(level, steps), keep=True)
+    table = torch.full((steps, MAX_RUN), math.inf, dtype=torch.float64)
+    for length in range(1, MAX_RUN + 1):
+        known = {}
+        for first in tried if length == 1 else [i for k, i in enumerate(tried) if k % 2 == 0 or i >= steps - 3]:
+            if first + length > steps:
+                continue
+            loads = tuple(level.loads if first <= i < first + length else frozenset() for i in range(steps))
+            rolled = student.rollout(Schedule(loads, level.history, level.samples), None, base, first)
+            known[first] = 10 ** (student.score(rolled) / 10)
+            bar()
+        for i in range(1, steps - length + 1):
+            table[i, length - 1] = _between(known, i)
+    return table
+
+
+def _stored(level: Level, steps: int) -> Schedule:
+    """Full steps that store what the level reads."""
+    return Schedule((frozenset(),) * (steps - 1) + (level.loads,), level.history, level.samples)
+
+
+def _between(known: Mapping[int, float], step: int) -> float:
+    """Geometric interpolation."""
+    if step in known:
+        return known[step]
+    below = max((k for k in known if k < step), default=min(known))
+    above = min((k for k in known if k > step), default=max(known))
+    share = 0.0 if above == below else (step - below) / (above - below)
+    return math.exp((1 - share) * math.log(known[below] + 1e-30) + share * math.log(known[above] + 1e-30))
+
+
+def run_error(runs: torch.Tensor, first: int, length: int) -> float:
+    """Error of a run; beyond what was measured, the growth from the last two lengths goes on as a power law."""
+    if length == 0:
+        return 0.0
+    known = min(length, MAX_RUN)
+    while known > 1 and not math.isfinite(float(runs[first, known - 1])):
+        known -= 1
+    error = float(runs[first, known - 1])
+    power = 2.0
+    if known > 1:
+        growth = math.log(max(1.0, error / max(1e-30, float(runs[first, known - 2]))))
+        power = min(6.0, max(1.0, growth / math.log(known / (known - 1))))
+    return float(error * (length / known) ** power)

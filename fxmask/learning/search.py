@@ -1,0 +1,342 @@
+"""Learning which block runs at which step: plans of every kind are made, refined, and judged on real rollouts.
+
+    1. every level (whole output, stages, all branches) at equal distances: fixed reuse and fixed forecasts are points here,
+       and so is "fewer steps", which is the whole output held
+    2. for the best levels, errors of runs are measured and full steps placed by dynamic programming; the branches also get
+       a mask each
+    3. local search: neighbours of the best schedules, each judged on a rollout
+    4. coefficients are refined against the final samples (``refine``; with a stochastic sampler there are more of them, for
+       ``adjoint.refine_all``)
+    5. the best few are compared on noise that none of this has seen; that decides, and a last step of refinement uses it
+
+The work is counted in full sampling runs of the recorded trajectories (``effort``). Every measurement goes through a
+journal, so that an interrupted run resumes where it was and several outcomes (``pareto``) share what is measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fxmask.errors import InputError, OutcomeError
+from fxmask.ir.program import Program
+from fxmask.learning.candidate import Candidate, ParetoPoint
+from fxmask.learning.constraints import is_met, keeps_limits, trimmed
+from fxmask.learning.effort import Effort, Limits
+from fxmask.learning.finalists import best_of_families, refine_finalists, refit_on_held_out
+from fxmask.learning.journal import Journal
+from fxmask.learning.levels import BENDS, Level, evenly, levels_of
+from fxmask.learning.local_search import neighbour
+from fxmask.learning.measured import Measured
+from fxmask.learning.outcome import TOLERANCE
+from fxmask.learning.place import place, place_mixed
+from fxmask.learning.place_blocks import place_blocks
+from fxmask.learning.prices import measure_latency, per_step
+from fxmask.learning.progress import Progress
+from fxmask.learning.ranks import Group
+from fxmask.learning.schedule import Origin, Schedule
+from fxmask.learning.student import Student
+from fxmask.sampling.sampler import ChangesSteps, Sampler
+
+logger = logging.getLogger(__name__)
+
+HOPELESS = 8.0  # dB behind the best: not tried any further
+MIXED = 3  # levels that one schedule may have
+PERIODS = (0, 6, 4, 3, 2)  # at which masks of single blocks compute everything; 0: never
+CHEAP = 0.1  # of a step: levels that cost less may take turns at equal cost
+FAILURES = 60  # of local search in a row, after which it ends
+GAIN = 0.02  # dB: local search goes on from a neighbour that is better by this much
+NOTICED = 0.1  # dB: by so much fewer steps must be better to be mentioned
+BISECTIONS = 6  # of the budget for an error
+
+Pool = list[Candidate]
+
+
+class Search:
+    """One run of learning, for one or several budgets.
+
+    Args:
+        program: the captured denoiser.
+        trajectories: all of them; with several ranks, each works on its share.
+        effort: how much work.
+        limits: bounds on the plan.
+        seed: of local search and of fresh noise.
+        progress: show a progress bar.
+        checkpoint: file of the journal.
+        cost: what budgets are fractions of, ``"macs"`` or ``"latency"``.
+        backend: what latencies are measured with.
+
+    Raises:
+        InputError: the trajectories do not belong together, or are too few for the ranks.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        trajectories: Sequence[Sampler],
+        *,
+        effort: Effort,
+        limits: Limits,
+        seed: int,
+        progress: bool,
+        checkpoint: str | Path | None = None,
+        cost: str = "macs",
+        backend: str = "inductor",
+    ) -> None:
+        _check_together(trajectories)
+        group = Group.current()
+        training, held_out, judges = _shares(program, trajectories, group, seed)
+        student, judge = Student(program, training, group), Student(program, held_out, judges)
+        self.effort = effort
+        self.limits = limits
+        self.seed = seed
+        self.stochastic = any(t.stochastic for t in trajectories)
+        self.progress = Progress(progress)
+        identity = _identity(student, seed, limits, effort, 2 if self.stochastic else 0, cost)
+        journal = Journal(checkpoint, group.agree(identity), group)
+        self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed)
+        self.student, self.judge = student, judge
+        if cost == "latency":
+            seconds = self.measured.latency(backend, lambda: measure_latency(student.program, backend))
+            student.price_by(per_step(student.program, seconds))
+        self.branches = self.measured.branches
+        self.levels = levels_of(student, 2 if self.stochastic else 0)
+        if effort.kinds:
+            names = list(dict.fromkeys(level.name for level in self.levels))[: effort.kinds]
+            self.levels = [level for level in self.levels if level.name in names]
+        self._promising = self.levels
+
+    # One budget
+
+    def best(self, budget: float) -> ParetoPoint:
+        """The best plan for a fraction of the full run's MACs.
+
+        Raises:
+            OutcomeError: no plan comes within 3 % of it; says what is the least.
+        """
+        self._check_reachable(budget)
+        measured = self.measured
+        started = measured.units
+        pool: Pool = []
+        with self.progress.bar(f"learning {1 / budget:.3g}x"):
+            try:
+                self._propose(pool, budget)
+                self._search(pool, budget)
+                finalists = refine_finalists(
+                    measured,
+                    best_of_families(pool, self.effort.finalists),
+                    self.limits,
+                    rounds=self.effort.rounds,
+                    ends=started + self.effort.units,
+                    stochastic=self.stochastic,
+                )
+            except KeyboardInterrupt:
+                if not pool:
+                    raise
+                logger.warning("learning was interrupted; using the best of %d plans so far", len(pool))
+                return measured.point(min(pool, key=lambda c: c.score), started)
+        if not finalists:
+            raise OutcomeError(
+                f"macs={budget:.4g} (speedup={1 / budget:.4g}) cannot be met within {TOLERANCE:.0%} under {self.limits}; "
+                "allow more graphs or more cache, or take more steps"
+            )
+        judged = [(c, measured.point(c, started)) for c in finalists]
+        # All images count: which images are hard differs more between batches than plans of nearly equal quality do.
+        best, chosen = min(judged, key=lambda pair: measured.of_all(pair[0].score, pair[1].decibels))
+        self._compare_with_fewer_steps(chosen, budget)
+        coefficients = best.coefficients
+        try:
+            if self.effort.rounds >= 2:
+                coefficients = refit_on_held_out(measured, best, chosen.decibels)
+        except KeyboardInterrupt:
+            logger.warning("learning was interrupted before its last step of refinement")
+        return replace(chosen, mask=self.student.mask(best.schedule, coefficients), units=measured.units - started)
+
+    def _check_reachable(self, budget: float) -> None:
+        least = min((self.student.cost(level.loads) for level in self.levels), default=1.0)
+        steps = self.student.num_steps
+        least = (1 + (steps - 1) * least) / steps
+        if not self.levels or (budget < least / (1 + TOLERANCE)):
+            raise OutcomeError(
+                f"speedup={1 / budget:.4g} (macs={budget:.4g}) is out of reach: when only the first of {steps} steps computes "
+                f"everything, speedup={1 / least:.4g} (macs={least:.4g}) is the most. Ask for less, or take more steps"
+            )
+
+    # Schedules to try; what comes later depends on how the earlier ones did
+
+    def _propose(self, pool: Pool, budget: float) -> None:
+        """Fill the pool: even schedules, then bent and placed ones of the best levels."""
+        self._add_all(pool, (evenly(self.student, level, budget) for level in self._promising), budget)
+        ranked = sorted(pool, key=lambda c: c.score)
+        if not ranked:
+            return
+        level = self._level_of(ranked[0])
+        self._add_all(pool, (evenly(self.student, level, budget, bend) for bend in BENDS), budget)
+        if self.effort.starts:
+            self._propose_placed(pool, ranked, budget)
+
+    def _propose_placed(self, pool: Pool, ranked: Sequence[Candidate], budget: float) -> None:
+        """Full steps where the measured runs of the best levels say. ``ranked`` are the even schedules, the best first."""
+        near = [c.schedule.family for c in ranked if c.score < ranked[0].score + HOPELESS]
+        if self._promising is self.levels:  # what is hopeless at one budget is not tried at the others
+            self._promising = [x for x in self.levels if x.name in near]
+        names = list(dict.fromkeys(c.schedule.family for c in ranked))[: self.effort.levels]
+        if self.stochastic:  # levels of different cost may be mixed
+            names = list(dict.fromkeys([*names, *near]))[:MIXED]
+        known: list[tuple[Level, torch.Tensor]] = []
+        for name in names:
+            level = self._level_of(next(c for c in ranked if c.schedule.family == name))
+            runs = self.measured.runs(level)
+            known.append((level, runs))
+            self._add(pool, place(self.student, [(level, runs)], budget), budget)
+            if name == "branches" and self.measured.differentiable:
+                probes = self.measured.probes
+                for period in PERIODS:
+                    self._add(pool, place_blocks(self.student, probes, self.branches, runs, budget, period), budget)
+        if len(known) > 1 and max(self.student.cost(level.loads) for level, _ in known) < CHEAP:
+            self._add(pool, place(self.student, known, budget), budget)
+        for chosen in (known, known[:2]) if self.stochastic and len(known) > 1 else ():
+            self._add(pool, place_mixed(self.student, chosen, budget), budget)
+
+    def _level_of(self, candidate: Candidate) -> Level:
+        """The level of an even schedule."""
+        schedule = candidate.schedule
+        return next(x for x in self.levels if x.name == schedule.family and x.history == schedule.history)
+
+    def _add_all(self, pool: Pool, schedules: Iterable[Schedule | None], budget: float) -> None:
+        for schedule in schedules:
+            self._add(pool, schedule, budget)
+
+    def _add(self, pool: Pool, schedule: Schedule | None, budget: float) -> Candidate | None:
+        """Evaluate a schedule, brought to the budget, and add it to the pool, if it keeps the limits."""
+        if schedule is None:
+            return None
+        schedule = trimmed(self.student, self.branches, schedule, budget)
+        if schedule is None or any(c.schedule == schedule for c in pool):
+            return None
+        if not keeps_limits(self.student, self.limits, schedule):
+            return None
+        candidate = self.measured.evaluate(schedule)
+        pool.append(candidate)
+        best = min(pool, key=lambda c: c.score)
+        self.progress.show(
+            error=f"{best.score:.2f} dB",
+            macs=f"{self.student.spent(best.schedule):.3f}",
+            kind=best.schedule.description,
+        )
+        return candidate
+
+    def _search(self, pool: Pool, budget: float) -> None:
+        """Local search from the two best schedules of different kinds."""
+        rng = random.Random(self.seed)
+        starts = best_of_families(pool, self.effort.finalists)[:2]
+        for start in starts:
+            current, began, failures = start, self.measured.units, 0
+            search = self.effort.search / (2 if self.stochastic else 1)  # refinement gains more there
+            while self.measured.units - began < search / len(starts) and failures < FAILURES:
+                schedule = neighbour(current.schedule, rng)
+                if schedule is None or not is_met(budget, self.student.spent(schedule)):
+                    failures += 1
+                    continue
+                found = self._add(pool, schedule, budget)
+                failures += 1
+                if found is not None and found.score < current.score - GAIN:
+                    current, failures = found, 0
+
+    def _compare_with_fewer_steps(self, point: ParetoPoint, budget: float) -> None:
+        """Warn if the scheduler's own grid with fewer steps, which no mask can express, is better on held-out noise."""
+        changing = [t for t in self.judge.trajectories if isinstance(t, ChangesSteps) and t.can_change_steps]
+        if self.stochastic or len(changing) < len(self.judge.trajectories):
+            return
+        steps = max(1, round(budget * self.student.num_steps))
+        score = self.judge.score_of([t.with_steps(self.judge.program.model, steps) for t in changing])
+        if score < point.decibels - NOTICED:
+            logger.warning(
+                "%d steps of the scheduler's own grid are %.1f dB better than the best plan at the same MACs; set "
+                "num_inference_steps=%d and ask for a smaller speed-up from there",
+                steps,
+                point.decibels - score,
+                steps,
+            )
+
+    def meet_error(self, max_error: float) -> ParetoPoint:
+        """The cheapest plan whose error on held-out noise is at most ``max_error``, by bisection of the budget.
+
+        If there is none, the one that computes everything, with a warning.
+        """
+        steps = self.student.num_steps
+        low, high = 1.5 / steps, 1.0
+        found: ParetoPoint | None = None
+        nearest = float("inf")
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            try:
+                point = self.best(middle)
+            except OutcomeError:
+                low = middle
+                continue
+            nearest = min(nearest, point.error)
+            if point.error <= max_error:
+                found, high = point, middle
+                if point.error > max_error * (1 - TOLERANCE):
+                    break
+            else:
+                low = middle
+        if found is None:
+            everything = Schedule((frozenset(),) * steps, origin=Origin.EVERYTHING)
+            logger.warning("no plan that saves anything keeps max_error=%g; the best had %.3g", max_error, nearest)
+            mask = self.student.mask(everything, {})
+            return ParetoPoint(mask, 1.0, 0.0, -300.0, everything.description, self.measured.units)
+        return found
+
+
+def _check_together(trajectories: Sequence[Sampler]) -> None:
+    """Refuse runs of different samplers.
+
+    Raises:
+        InputError: says which differ, and in what.
+    """
+    first = trajectories[0]
+    for n, other in enumerate(trajectories):
+        if other.num_steps != first.num_steps:
+            raise InputError(
+                f"recorded run {n} has {other.num_steps} steps, run 0 has {first.num_steps}; record all of them with one "
+                "scheduler and num_inference_steps"
+            )
+        if other.timesteps != first.timesteps or other.order != first.order:
+            raise InputError(
+                f"recorded runs 0 and {n} have different timesteps or numbers of calls per step; record all of them with one "
+                "scheduler and one set of pipeline arguments"
+            )
+
+
+def _shares(
+    program: Program, trajectories: Sequence[Sampler], group: Group, seed: int
+) -> tuple[list[Sampler], list[Sampler], Group | None]:
+    """This rank's trajectories to learn from, those that are held out, and the ranks that share the latter.
+
+    Of four or more the last quarter is held out, of two or three the last; for one alone, fresh noise is recorded.
+    """
+    count = len(trajectories)
+    held = count // 4 if count >= 4 else (1 if count > 1 else 0)
+    training, held_out = list(trajectories[: count - held]), list(trajectories[count - held :])
+    if group.size > max(1, len(training)):
+        raise InputError(f"{group.size} ranks need at least as many trajectories to learn from, got {len(training)}")
+    training = group.share(training)
+    if not held:
+        held_out = [t.renoised(program.model, 7919 * (seed + 1) + n) for n, t in enumerate(training)]
+    elif held >= group.size:
+        held_out = group.share(held_out)
+    return training, held_out, group if not held or held >= group.size else None
+
+
+def _identity(student: Student, seed: int, limits: Limits, effort: Effort, samples: int, cost: str) -> str:
+    """What a checkpoint belongs to."""
+    first = student.trajectories[0]
+    parts = (student.program.fingerprint, first.timesteps, float(first.final.double().sum()), seed, limits)
+    return repr((*parts, effort, samples)) + ("" if cost == "macs" else cost)

@@ -1,0 +1,1 @@
+"""The accelerated model: which step, which lane, which graph, which caches."""

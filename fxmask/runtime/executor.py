@@ -1,0 +1,114 @@
+"""Executor: runs the steps of one plan. The only place where a plan's reads and writes touch real tensors.
+
+It knows nothing of timesteps, lanes or generations. Several executors (plans of one mask that start at different steps)
+share a ``GraphStore``, so that equal step graphs are compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from fxmask.backends.straight_line import restride
+from fxmask.ir.forecast import Cache, Slot
+from fxmask.ir.plan import Plan
+from fxmask.passes.form_values import forecast_coefficients
+from fxmask.passes.step_graph import StepGraph
+from fxmask.runtime.graph_store import GraphStore
+from fxmask.runtime.prologues import PrecomputedRow
+
+
+class Executor:
+    """Runs the steps of one plan.
+
+    Args:
+        plan: of ``graphs.program``.
+        graphs: where step graphs are kept.
+    """
+
+    def __init__(self, plan: Plan, graphs: GraphStore) -> None:
+        self.plan = plan
+        self.program = graphs.program
+        self.graphs = graphs
+        self._coefficients: dict[int, list[torch.Tensor]] = {}
+        self._layouts = [_dense_strides(x) for x in self.program.example.tensors.values()]
+
+    def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
+        """What can be computed before the first step of a run, for ``run_step``."""
+        return self.graphs.prologue_runner(self.plan).begin(tensors)
+
+    def run_full(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs of the unmasked program; no cache is read or written."""
+        return self.run_step(self.plan.start, tensors, {})
+
+    def run_step(
+        self, step: int, tensors: Sequence[torch.Tensor], cache: Cache, rows: Sequence[PrecomputedRow] = ()
+    ) -> list[torch.Tensor]:
+        """Run one step: read what it loads from ``cache``, store what it must, drop what nobody reads again.
+
+        ``cache`` changes only after the graph has run, so that a failing step leaves it as it was.
+
+        Args:
+            step: number of the step.
+            tensors: the program's inputs, in order.
+            cache: of one lane.
+            rows: from ``begin`` with the same conditioning; without them the call stands alone.
+
+        Raises:
+            KeyError: a slot is missing; the steps were not run in order.
+        """
+        plan = self.plan.steps[step]
+        graph, run = self.graphs.get(self.plan, step)
+        arguments = [restride(tensors[k], self._layouts[k]) for k in graph.inputs]
+        if graph.precomputed:
+            runner = self.graphs.prologue_runner(self.plan)
+            row = runner.complete(rows[step], tensors) if rows else runner.at(tensors)
+            arguments.extend(row[name] for name in graph.precomputed)
+        if graph.coefficients:
+            arguments.extend(self._forecast_coefficients(step, graph))
+        arguments.extend(cache[slot] for load in plan.formed for slot in load.slots)
+        results = run(*arguments)
+        for (block, value), tensor in zip(graph.store, results[graph.num_outputs :], strict=True):
+            if (block, value) in plan.store:
+                cache[Slot(block, value, step)] = _compact(tensor)
+        for slot in plan.drop:
+            del cache[slot]
+        return list(results[: graph.num_outputs])
+
+    def compile_all(self, *, progress: bool) -> None:
+        """Compile every distinct graph now, by running it once on the captured call with blank caches."""
+        tensors = list(self.program.example.tensors.values())
+        rows = self.begin(tensors)
+        first = {step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}
+        for step in tqdm(sorted(first.values()), desc="compiling step graphs", unit="graph", disable=not progress):
+            slots = {slot for load in self.plan.steps[step].formed for slot in load.slots} | set(self.plan.steps[step].drop)
+            self.run_step(step, tensors, {slot: self._blank(slot) for slot in slots}, rows)
+
+    def _blank(self, slot: Slot) -> torch.Tensor:
+        """A cached value like ``run_step`` would store, filled with zeros."""
+        value = self.program.node(self.program.block(slot.block).values[slot.value]).meta["val"]
+        sizes, strides = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).zero_()
+
+    def _forecast_coefficients(self, step: int, graph: StepGraph) -> list[torch.Tensor]:
+        if step not in self._coefficients:
+            loads = [self.plan.steps[step].formed[k] for k in graph.coefficients]
+            nodes = [self.program.node(self.program.block(x.block).values[x.value]) for x in loads]
+            tables = [forecast_coefficients(x, node.meta["val"]) for x, node in zip(loads, nodes, strict=True)]
+            self._coefficients[step] = tables
+        return self._coefficients[step]
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in storage of its own size: a compiler may have placed it inside a larger buffer."""
+    if tensor.untyped_storage().nbytes() > 2 * tensor.numel() * tensor.element_size() + 64:
+        return tensor.clone()
+    return tensor
+
+
+def _dense_strides(example: torch.Tensor) -> tuple[int, ...]:
+    """Strides that compiled graphs expect of an input: those of the captured call, or contiguous if these overlap."""
+    dense = torch.empty_like(example, device="meta")  # keeps strides where they are dense
+    return tuple(dense.stride())

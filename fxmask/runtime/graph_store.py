@@ -1,0 +1,84 @@
+"""The step graphs of one program, specialised and compiled when first needed."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fxmask.backends import get_backend
+from fxmask.backends.protocol import Compiler, PrologueCompiler
+from fxmask.ir.plan import Plan
+from fxmask.ir.program import Program
+from fxmask.passes.specialize import specialize_step
+from fxmask.passes.split_regions import JOIN, KEPT, joins
+from fxmask.passes.step_graph import StepGraph
+from fxmask.runtime.prologues import PrologueRunner
+
+
+class GraphStore:
+    """The step graphs of one program, specialised and compiled when first needed.
+
+    Args:
+        program: the captured denoiser.
+        backend: name of a backend.
+        mode: of the backend; ``None`` for its default.
+        compiler: of the backend, if there is one already.
+
+    Raises:
+        BackendError: there is no such backend, or no such mode.
+    """
+
+    def __init__(self, program: Program, backend: str, mode: str | None = None, compiler: Compiler | None = None) -> None:
+        self.program = program
+        self._exact = get_backend(backend).exact
+        self.compiler = compiler or get_backend(backend).compiler(mode)
+        self._graphs: dict[Any, tuple[StepGraph, Callable[..., Any]]] = {}
+        self._prologues: dict[tuple[float, ...], PrologueRunner] = {}
+        self._lock = threading.RLock()
+
+    def get(self, plan: Plan, step: int) -> tuple[StepGraph, Callable[..., Any]]:
+        """The graph of a step, and the callable that a backend made of it."""
+        key = plan.steps[step].key
+        if key not in self._graphs:
+            with self._lock:
+                if key not in self._graphs:
+                    self._specialize(plan)
+        return self._graphs[key]
+
+    def prepare(self, plan: Plan) -> None:
+        """Specialise all step graphs of a plan now; each is compiled at its first call."""
+        with self._lock:
+            self._specialize(plan)
+
+    @functools.cached_property
+    def _joins(self) -> frozenset[str]:
+        return joins(self.program)
+
+    def _specialize(self, plan: Plan) -> None:
+        """The graphs of a plan that are not there yet."""
+        marks: dict[str, list[str]] = {name: [JOIN] for name in self._joins}
+        for slot in {slot for step in plan.steps for load in step.formed for slot in load.slots}:
+            marks.setdefault(self.program.block(slot.block).values[slot.value], []).append(KEPT)
+        made = {}
+        for key in dict.fromkeys(step.key for step in plan.steps if step.graph >= 0):
+            if key not in self._graphs:
+                steps = [i for i, step in enumerate(plan.steps) if step.graph >= 0 and step.key == key]
+                made[key] = specialize_step(self.program, plan, steps, self.prologue_runner(plan).prologues.sources, marks)
+        self.compiler.prepare([graph.graph_module for graph in made.values()])
+        for key, graph in made.items():
+            self._graphs[key] = graph, self.compiler.compile(graph.graph_module)
+
+    def prologue_runner(self, plan: Plan) -> PrologueRunner:
+        """What runs outside the steps of a plan."""
+        timesteps = plan.mask.timesteps
+        if timesteps not in self._prologues:
+            with self._lock:
+                if timesteps not in self._prologues:
+                    compiler = self.compiler if isinstance(self.compiler, PrologueCompiler) else None
+                    self._prologues[timesteps] = PrologueRunner(self.program, timesteps, not self._exact, compiler)
+        return self._prologues[timesteps]
+
+    def __len__(self) -> int:
+        return len(self._graphs)

@@ -1,0 +1,343 @@
+"""AcceleratedModel: a drop-in for the denoiser that knows which step, which lane, which graph and which caches.
+
+State belongs to a run, not to the module: a ``Generation`` holds caches; the current one is a context variable, so
+threads, tasks and interleaved runs have their own. Within a generation each lane (recognised by its conditioning) has a
+position in the plan's sequence of timesteps; a cache is only ever read at the position right after the one that was run.
+Anything else runs every block and drops what was cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fxmask._torch import share_state
+from fxmask.backends.package import Package, Packages
+from fxmask.backends.protocol import Compiler
+from fxmask.errors import MaskError
+from fxmask.frontend.capture import capture
+from fxmask.ir.block import Block
+from fxmask.ir.calls import RETURN_DICT
+from fxmask.ir.mask import Mask
+from fxmask.ir.plan import Plan
+from fxmask.ir.program import Program
+from fxmask.passes.rectify import rectify
+from fxmask.passes.step_graph import StepGraph
+from fxmask.runtime.executor import Executor
+from fxmask.runtime.export import compile_packages
+from fxmask.runtime.generation import Generation, InferredGeneration
+from fxmask.runtime.report import Report
+from fxmask.runtime.variants import Variants
+from fxmask.storage.packages import write_package
+from fxmask.storage.plans import save_mask
+
+
+@dataclass
+class _Private:
+    """What an AcceleratedModel holds beside the original's submodules.
+
+    Attributes:
+        model: the denoiser.
+        variants: the program of each form of call, and the plan.
+        current: the marked generation.
+        inferred: one that is inferred where none is marked, and whose it is.
+        facts: about the sampler that the plan was made for.
+    """
+
+    model: torch.nn.Module
+    variants: Variants
+    current: contextvars.ContextVar[Generation | None]
+    inferred: contextvars.ContextVar[tuple[Any, InferredGeneration] | None]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class AcceleratedModel(torch.nn.Module):
+    """The denoiser with a plan. Called like the original, and returns what the original returns.
+
+    Attributes (``config``, ``dtype``, ``device``, ...), ``state_dict``, ``to`` and ``save_pretrained`` are the
+    original's; ``isinstance`` with the original's class holds, so pipelines treat it as the original. In training mode
+    the original runs. Gradients are not recorded.
+
+    Args:
+        program: the captured denoiser.
+        plan: of this program, from ``fxmask.rectify``.
+        backend: see ``fxmask.compile``.
+        mode: of the backend, see ``fxmask.compile``.
+        compiler: of the backend for this form of call, if it comes from a package; others are compiled with Inductor then.
+        facts: about the sampler that the plan was made for; ``save`` writes them.
+    """
+
+    is_accelerated: ClassVar[bool] = True  # what an instance says of its class is the original's
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        backend: str = "inductor",
+        mode: str | None = None,
+        *,
+        compiler: Compiler | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if plan.fingerprint != program.fingerprint:
+            raise MaskError(
+                f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
+            )
+        model = program.model
+        private = _Private(
+            model=model,
+            variants=Variants(program, plan, backend, mode, compiler),
+            current=contextvars.ContextVar("fxmask_generation", default=None),
+            inferred=contextvars.ContextVar("fxmask_inferred", default=None),
+            facts=dict(facts or {}),
+        )
+        # The original's own dictionaries: parameters, submodules and what is later done to them stay one and the same.
+        share_state(self, model)
+        self.__dict__.update(_fxmask=private, training=model.training, __module__=type(model).__module__)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The original's class: pipelines check types, and record the class in their config."""
+        return type(self.__dict__["_fxmask"].model) if "_fxmask" in self.__dict__ else AcceleratedModel
+
+    @property
+    def _fxmask(self) -> _Private:
+        private: _Private = self.__dict__["_fxmask"]
+        return private
+
+    # What it is made of
+
+    @property
+    def original(self) -> torch.nn.Module:
+        """The denoiser that was accelerated."""
+        return self._fxmask.model
+
+    @property
+    def program(self) -> Program:
+        """The captured denoiser."""
+        return self._fxmask.variants.program
+
+    @property
+    def plan(self) -> Plan:
+        """What each step computes, loads and stores."""
+        return self._fxmask.variants.plan
+
+    @property
+    def mask(self) -> Mask:
+        """The rectified mask, bool ``[T, B]``."""
+        return self.plan.mask
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The program's blocks."""
+        return self.program.blocks
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the steps at the captured form of call: graphs, caches, prologues. For tools that look inside."""
+        return self._fxmask.variants.executor()
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The denoiser as it was captured for each form of call (shapes, types) that was seen."""
+        return tuple(variant.program for variant in self._fxmask.variants.known)
+
+    @property
+    def how_compiled(self) -> tuple[str, str | None]:
+        """Backend and mode for forms of call that are captured now; those of a package are compiled with Inductor."""
+        return self._fxmask.variants.elsewhere
+
+    @property
+    def step_graphs(self) -> tuple[StepGraph, ...]:
+        """The distinct graphs that really run, in the order of the plan's ``graph`` indices."""
+        executor = self.executor
+        first: dict[int, int] = {}
+        for i, step in enumerate(self.plan.steps):
+            if step.graph >= 0:
+                first.setdefault(step.graph, i)
+        return tuple(executor.graphs.get(executor.plan, first[k])[0] for k in sorted(first))
+
+    def explain(self, step: int) -> str:
+        """What a step of the plan does with every block, and why; see ``Plan.explain``."""
+        return self.plan.explain(step, self.program)
+
+    # Running
+
+    def generation(self) -> Generation:
+        """Mark one run of the sampling loop: ``with accelerated.generation(): ...``.
+
+        Without it a run is recognised from the sequence of timesteps, and whatever is ambiguous runs in full. The one
+        thing that no sequence can tell: a run that was abandoned and is taken up by another run, with the same
+        conditioning, at the very next timestep.
+        """
+        return Generation(self._fxmask.variants, self._fxmask.current)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the denoiser; arguments and return value are the original's."""
+        private = self._fxmask
+        if private.model.training:
+            return private.model(*args, **kwargs)
+        with torch.no_grad():
+            bound = self.program.signature.bind(args, kwargs)
+            generation = self._generation()
+            variant = generation.variant_in_use(bound) or private.variants.of(bound)
+            if variant is None:
+                return private.model(*args, **kwargs)
+            outputs = generation.run(variant, bound)
+            if outputs is None:
+                return private.model(*args, **kwargs)
+            return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
+
+    def _generation(self) -> Generation:
+        private = self._fxmask
+        marked = private.current.get()
+        if marked is not None:
+            return marked
+        owner, inferred = private.inferred.get() or (None, None)
+        if inferred is None or owner != _who():  # a copied context is another run's
+            inferred = InferredGeneration(private.variants, private.current)
+            private.inferred.set((_who(), inferred))
+        elif inferred.calls >= max(2, self.mask.num_steps):
+            inferred.start_again()
+        return inferred
+
+    def compile_all(self, *, progress: bool = True) -> AcceleratedModel:
+        """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""
+        with torch.no_grad():
+            self.executor.compile_all(progress=progress)
+        return self
+
+    def report(self) -> Report:
+        """What the plan saves, as a table when printed; ``.to_dict()`` for programs."""
+        return Report.of(self.program, self.plan)
+
+    # Saving
+
+    def save(self, folder: str | Path) -> None:
+        """Save mask, forecasts and what they were made for; ``fxmask.load(folder, model)`` reads them. No weights.
+
+        Raises:
+            MaskError: the folder holds something else, or the captured call holds an argument that cannot be saved.
+        """
+        facts = {**self._facts(), "backend": self._fxmask.variants.backend, "mode": self._fxmask.variants.mode}
+        save_mask(folder, self._source(), facts, self.program.example.arguments)
+
+    def export(self, folder: str | Path, *, progress: bool = True) -> None:
+        """Compile ahead of time: ``fxmask.load(folder, model)`` then neither captures nor compiles, nor needs a compiler.
+
+        The folder holds AOTInductor packages of the step graphs and of the timestep's table, for the captured form of call
+        (shapes, types), and the plan; it is a saved plan too. It holds no weights: these are the loading model's own, and
+        must have the names, shapes and types of this one's. It fits this version of PyTorch and this kind of device and
+        processor.
+
+        Args:
+            folder: is replaced if it holds a plan; any other folder with something in it is refused.
+            progress: show a progress bar.
+
+        Raises:
+            MaskError: the folder holds something else, the model's weights were replaced after it was captured, or the
+                program holds something that cannot be stored.
+            BackendError: there is no C++ compiler, or a step graph cannot be compiled ahead of time.
+        """
+        known = self._packages()
+        closed = self._fxmask.variants.loaded and bool(known)
+        compiler = compile_packages(self.program, self.plan, known, closed=closed, progress=progress)
+        facts = {**self._facts(), "backend": "package", "mode": None}
+        write_package(folder, self.program, self._source(), facts, compiler.packages)
+
+    def _source(self) -> Mask:
+        """The mask as it was given, for this program and no other."""
+        return replace(self.plan.source, fingerprint=self.program.fingerprint)
+
+    def _packages(self) -> Mapping[str, Package]:
+        """What is compiled ahead of time already."""
+        first = self._fxmask.variants.first
+        return first.graphs.compiler.packages if first and isinstance(first.graphs.compiler, Packages) else {}
+
+    def _facts(self) -> dict[str, Any]:
+        """What the plan was made for."""
+        facts = {**self._fxmask.facts, "model": type(self.original).__name__}
+        return {**facts, "roles": _given_roles(self.program), "start": self.plan.start}
+
+    # Standing in for the original
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_fxmask" not in self.__dict__:
+                raise
+            return getattr(self._fxmask.model, name)
+
+    def __dir__(self) -> list[str]:
+        """The original's names and ours."""
+        own = [name for cls in type(self).__mro__[:1] for name in vars(cls) if not name.startswith("_")]
+        return sorted({*dir(self.original), *own} - {"is_accelerated"})
+
+    def train(self, mode: bool = True) -> AcceleratedModel:
+        """Set the original's mode; in training mode the original runs."""
+        self._fxmask.model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state dict."""
+        return self._fxmask.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load into the original."""
+        return self._fxmask.model.load_state_dict(state_dict, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return (
+            f"AcceleratedModel({type(self.original).__name__}, {plan.mask.num_steps} steps, {plan.mac_ratio:.2f}x fewer MACs, "
+            f"{plan.distinct_graphs} step graphs, backend={self._fxmask.variants.backend!r})"
+        )
+
+    def __reduce__(self) -> Any:
+        program = self.program
+        arguments = (self.original, program.example.arguments, _given_roles(program), self.plan.source, self.plan.start)
+        return _restore, (*arguments, *self._fxmask.variants.elsewhere, self._fxmask.facts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        function, arguments = self.__reduce__()
+        return function(*copy.deepcopy(arguments, memo))
+
+
+def _given_roles(program: Program) -> dict[str, str]:
+    """Roles that a later capture must be told."""
+    return {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
+
+
+def _restore(
+    model: torch.nn.Module,
+    example: Mapping[str, Any],
+    roles: Mapping[str, str],
+    mask: Mask,
+    start: int,
+    backend: str,
+    mode: str | None,
+    facts: Mapping[str, Any],
+) -> AcceleratedModel:
+    """Capture and plan again, after unpickling or a deep copy."""
+    program = capture(model, example, roles={name.split(".")[0]: role for name, role in roles.items()})
+    return AcceleratedModel(program, rectify(program, mask, start=start), backend, mode, facts=facts)
+
+
+def _who() -> tuple[int, int | None]:
+    """The thread and the asyncio task that call. Servers copy contexts into worker threads, and tasks inherit them."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop
+        task = None
+    return threading.get_ident(), None if task is None else id(task)

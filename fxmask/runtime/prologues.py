@@ -1,0 +1,95 @@
+"""What a run computes before its first step, for all steps at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxmask.backends.protocol import PrologueCompiler
+from fxmask.ir.program import Program
+from fxmask.passes.batch_steps import batch_steps
+from fxmask.passes.precompute import Prologue, Prologues, make_prologues
+
+logger = logging.getLogger(__name__)
+PrecomputedRow = Mapping[str, torch.Tensor]  # precomputed values of one step, by name
+
+
+class PrologueRunner:
+    """Computes the precomputed values of a generation.
+
+    Args:
+        program: the captured denoiser.
+        timesteps: of the plan.
+        batched: compute the table's rows for all steps in one go, which differs from the program by rounding.
+        compiler: of what runs once per generation; without one it runs operator by operator.
+    """
+
+    def __init__(
+        self, program: Program, timesteps: Sequence[float], batched: bool, compiler: PrologueCompiler | None = None
+    ) -> None:
+        self.program = program
+        self.prologues: Prologues = make_prologues(program, len(timesteps))
+        self._compiler = compiler
+        if compiler and self.prologues.once and self.prologues.once.inputs:  # what needs only weights is too little
+            once = replace(self.prologues.once, compiled=compiler.compile(self.prologues.once.graph_module))
+            self.prologues = replace(self.prologues, once=once)
+        self._timesteps = timesteps
+        self._wanted = batched
+        self._batched: Callable[..., list[torch.Tensor]] | None = None
+        self._steps: torch.Tensor | None = None
+
+    def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
+        """The precomputed values that can be had before the first step: one row per step, or none if there are none.
+
+        Args:
+            tensors: the program's inputs; which timestep is in them does not matter.
+        """
+        prologues = self.prologues
+        once = prologues.once(tensors, {}) if prologues.once else {}
+        if prologues.table is None or not self._wanted:
+            return [once] * len(self._timesteps) if once else []
+        try:
+            columns = self._columns(prologues.table, tensors, once)
+        except Exception:  # an operator that has no batched form
+            logger.warning("the timestep's values are computed at each step", exc_info=True)
+            self._wanted = False
+            return self.begin(tensors)
+        return [{**once, **dict(zip(prologues.table.values, row, strict=True))} for row in zip(*columns, strict=True)]
+
+    def complete(self, row: PrecomputedRow, tensors: Sequence[torch.Tensor]) -> PrecomputedRow:
+        """The row with what was not had before this step."""
+        table = self.prologues.table
+        missing = table is not None and table.values[0] not in row
+        return {**row, **table(tensors, dict(row))} if table is not None and missing else row
+
+    def at(self, tensors: Sequence[torch.Tensor]) -> PrecomputedRow:
+        """The precomputed values of a call that stands alone."""
+        return self.prologues.at(tensors)
+
+    def _columns(self, table: Prologue, tensors: Sequence[torch.Tensor], once: dict[str, torch.Tensor]) -> list[Any]:
+        """One sequence of T tensors per value of the table."""
+        name = self.program.signature.timestep
+        assert name is not None
+        position = self.program.inputs.index(name)
+        if self._steps is None:
+            like = tensors[position]
+            steps = torch.tensor(self._timesteps, dtype=torch.float64).to(like.dtype).to(like.device)
+            self._steps = steps.reshape(-1, *(1,) * like.dim()).expand(-1, *like.shape).contiguous()
+        if self._batched is None:
+            compiler = self._compiler.compile_batched if self._compiler else None
+            self._batched = batch_steps(table, position, self._steps, tensors, once, compiler)
+        values = self._batched(self._steps, tensors, once)
+        wanted = [self.program.node(node).meta["val"] for node in table.values]
+        return [_like(value, meta).unbind(0) for value, meta in zip(values, wanted, strict=True)]
+
+
+def _like(rows: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+    """Rows in memory as the program would have each of them."""
+    sizes, strides = tuple(map(int, meta.shape)), tuple(map(int, meta.stride()))
+    if tuple(rows.shape[1:]) == sizes and tuple(rows.stride()[1:]) == strides:
+        return rows
+    return torch.stack([torch.empty_strided(sizes, strides, dtype=x.dtype, device=x.device).copy_(x) for x in rows])

@@ -1,0 +1,1 @@
+"""Recorded sampling runs, and their replay with other denoisers."""

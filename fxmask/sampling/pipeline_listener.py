@@ -1,0 +1,157 @@
+"""Listening to one run of a pipeline: which component is the denoiser, what it was given, what it returned."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxmask.errors import InputError
+from fxmask.ir.outputs import first_tensor
+from fxmask.sampling.noise import NoiseTape
+from fxmask.sampling.pipeline_arguments import CopyStore
+from fxmask.sampling.twin import ComponentMethod, Module, unwatched
+
+
+@dataclass
+class HeardCall:
+    """One call of a component.
+
+    Attributes:
+        entry: what was called.
+        drawn: how many random tensors had been drawn before it.
+        given: copies of (args, kwargs), if they are kept.
+        output: a copy, ``None`` if there is none.
+        drew: whether random numbers were drawn inside.
+    """
+
+    entry: ComponentMethod
+    drawn: int
+    given: Any = None
+    output: Any = None
+    drew: bool = False
+
+
+class PipelineListener:
+    """Listens to one run of a pipeline.
+
+    Args:
+        tape: of all random draws.
+        component: name of the denoiser; ``None``: the last component called before the first step.
+        model: runs in place of the denoiser.
+    """
+
+    def __init__(self, tape: NoiseTape, component: str | None = None, model: Module | None = None) -> None:
+        self.tape = tape
+        self.component = component
+        self.model = model
+        self.asked = component is not None
+        self.seen: set[str] = set()
+        self.prologue: list[HeardCall] = []
+        self.steps: list[list[HeardCall]] = []
+        self.scheduler: Any = None
+        self.stepping: Any = None  # the scheduler that stepped first; others follow it, e.g. for sound beside pictures
+        self.step_kwargs: dict[str, Any] = {}
+        self.step_timesteps: list[Any] = []
+        self.num_scheduler_steps = 0
+        self.initial: torch.Tensor | None = None
+        self.final: torch.Tensor | None = None
+        self.end = 0  # random tensors drawn until the last step
+        self._kept = CopyStore()
+        self._pending: list[HeardCall] = []
+
+    def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a component; keep what it was given and what it returned where that may be needed."""
+        is_denoiser = entry.component == self.component and entry.method == "forward"
+        keep = self.stepping is None or is_denoiser
+        heard = HeardCall(entry, len(self.tape.tensors))
+        if keep:
+            heard.given = self._kept(f"{entry.component}.{entry.method}", (args, kwargs))
+        run = self.model if is_denoiser and self.model is not None else entry.original
+        output = run(*args, **kwargs)
+        heard.drew = len(self.tape.tensors) > heard.drawn
+        if keep:
+            with contextlib.suppress(Exception):  # what cannot be copied is computed again
+                heard.output = copy.deepcopy(output)
+        self._pending.append(heard)
+        if entry.method == "forward":
+            self.seen.add(entry.component)
+        return output
+
+    def stepped(self, scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a scheduler's step; what was called since the last one belongs to it."""
+        names = [heard.entry.component for heard in self._pending if heard.entry.method == "forward"]
+        first = self.stepping is None
+        if first:
+            self._begin(scheduler, names)
+        if first or names:
+            self._close(names)
+        self._pending.clear()
+        given = list(inspect.signature(step).bind(*args, **kwargs).arguments.items())
+        if first or names:
+            self.step_timesteps.append(given[1][1] if len(given) > 1 else None)
+        before = [x.detach().clone() for _, x in given[1:] if isinstance(x, torch.Tensor)] if first else []
+        result = step(*args, **kwargs)
+        self.num_scheduler_steps += 1
+        self.end = len(self.tape.tensors)
+        if scheduler is self.stepping:
+            self.final = first_tensor(result).detach().clone()
+        if first:
+            assert self.final is not None
+            shape = self.final.shape
+            self.initial = next((x for x in before if x.shape == shape), None)
+            plain = {k: v for k, v in given[1:] if k in kwargs and isinstance(v, (bool, int, float, str))}
+            self.step_kwargs = {k: v for k, v in plain.items() if k != "return_dict"}
+        return result
+
+    def _begin(self, scheduler: Any, names: Sequence[str]) -> None:
+        self.stepping = scheduler
+        self.scheduler = unwatched(scheduler)
+        if self.component is None:
+            self.component = names[-1] if names else None
+
+    def _close(self, names: Sequence[str]) -> None:
+        """End a step: find the denoiser's calls in it.
+
+        Raises:
+            InputError: there are none, or another component would be the denoiser here.
+        """
+        at = len(self.steps)
+        if self.component is None:
+            raise InputError(
+                "scheduler.step was called before any module that is an attribute of the pipeline; the denoiser must be one"
+            )
+        calls = [h for h in self._pending if h.entry.component == self.component and h.entry.method == "forward"]
+        if not calls or (names[-1] != self.component and not self.asked):
+            raise InputError(
+                f"step {at} of the sampler waits for {names[-1] if names else 'nothing'!r}, not for {self.component!r}, the "
+                "denoiser of the steps before or the one asked for: this run uses more than one denoiser, and a mask is for "
+                "one. Record a run that uses only one of them throughout"
+            )
+        if not self.steps:
+            before = self._pending[: self._pending.index(calls[0])]
+            self.prologue = [h for h in before if h.output is not None and not h.drew]
+        if any(h.drew for h in calls):
+            raise InputError(f"{self.component!r} draws random numbers when it is called; its values cannot be cached")
+        if any(h.output is None for h in calls):
+            raise InputError(
+                f"the output of {self.component!r} cannot be copied; if the pipeline takes gradients of it, it cannot be "
+                "accelerated"
+            )
+        self.steps.append(calls)
+
+
+def check_one_denoiser(recorder: PipelineListener) -> None:
+    """Raise ``InputError`` if no sampling loop was heard."""
+    if not recorder.steps or recorder.initial is None:
+        called = f"it called {sorted(recorder.seen)}" if recorder.seen else "it called none of its modules"
+        what = "never called scheduler.step" if not recorder.steps else "gave scheduler.step no sample"
+        raise InputError(
+            f"the pipeline {what} on a scheduler that it holds, so its sampling loop cannot be told apart ({called}). Record "
+            "the denoiser with fxmask.record(model, scheduler, example_inputs=...)"
+        )

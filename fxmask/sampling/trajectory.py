@@ -1,0 +1,156 @@
+"""Recorded denoiser calls of some sampling runs, and their replay with any other denoiser.
+
+A trajectory comes from the scheduler alone (Gaussian noise in, no data set) and keeps every random number that the
+sampler drew, so that teacher and student see the same noise with deterministic and stochastic samplers alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxmask.frontend.examples import ExampleInputs, example_call, resolve_conditioning
+from fxmask.frontend.modules import module_device, module_dtype
+from fxmask.ir.calls import Signature
+from fxmask.ir.outputs import first_tensor
+from fxmask.sampling.noise import NoiseTape
+from fxmask.sampling.recording import Recording
+from fxmask.sampling.sampler import Call, Loop
+from fxmask.sampling.schedulers import prepare_scheduler, sampler_prediction, scale_input, step_scheduler, timestep_tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trajectory(Recording):
+    """Sampling runs recorded from a scheduler alone.
+
+    Attributes:
+        scheduler: a copy of the scheduler, set up and not yet stepped.
+        step_kwargs: arguments passed on to ``scheduler.step``.
+    """
+
+    scheduler: Any
+    step_kwargs: Mapping[str, Any]
+
+    def loop(self) -> Loop:
+        """The sampler as a generator: yields the denoiser's calls, in order, and is sent the prediction of each.
+
+        The same noise as in the recording. Its return value is the final samples, ``[B, ...]``.
+        """
+        scheduler = copy.deepcopy(self.scheduler)
+        x = self.initial_noise.clone()
+        for i, timestep in enumerate(scheduler.timesteps):
+            (call,) = self.calls[i]
+            output = yield {**call, self.sample: scale_input(scheduler, x, timestep)}
+            with torch.no_grad(), NoiseTape(self.noises[i]):
+                x = step_scheduler(scheduler, sampler_prediction(output, x, scheduler), timestep, x, self.step_kwargs)
+        return x
+
+    @property
+    def can_change_steps(self) -> bool:
+        """Whether ``with_steps`` works: the scheduler can be set to another number of steps."""
+        return callable(getattr(self.scheduler, "set_timesteps", None))
+
+    @torch.no_grad()
+    def with_steps(self, model: torch.nn.Module, num_inference_steps: int) -> Trajectory:
+        """The same start and conditioning, sampled with another number of the scheduler's own steps.
+
+        Injected noise, where there is any, is not the same.
+        """
+        signature = Signature.of(model)
+        scheduler = prepare_scheduler(self.scheduler, num_inference_steps, self.initial_noise.device)
+        sigmas = [float(getattr(s, "init_noise_sigma", 1.0)) for s in (self.scheduler, scheduler)]
+        noise = self.initial_noise / sigmas[0]
+        return _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def renoised(self, model: torch.nn.Module, seed: int) -> Trajectory:
+        """The same conditioning, recorded with other noise."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.initial_noise.shape, generator=generator).to(self.initial_noise)
+        scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
+        return _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, generator)
+
+
+@torch.no_grad()
+def record(
+    model: torch.nn.Module,
+    scheduler: Any,
+    *,
+    num_inference_steps: int = 50,
+    batch_size: int = 8,
+    example_inputs: ExampleInputs = None,
+    step_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Trajectory:
+    """Sample a batch with the unaccelerated model and keep every call.
+
+    Args:
+        model: the denoiser, called as ``model(**{sample: x, timestep: t, **conditioning})``.
+        scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Not changed.
+        num_inference_steps: passed to ``scheduler.set_timesteps``.
+        batch_size: B; ignored where ``example_inputs`` has the sample.
+        example_inputs: conditioning that cannot be inferred, a dict or a function (batch_size, generator) -> dict.
+        step_kwargs: passed on to ``scheduler.step``, e.g. ``{"eta": 1.0}``.
+        seed: of the initial and the injected noise.
+
+    Raises:
+        SchedulerError: the scheduler has no timesteps or no ``step``.
+        InputError: arguments are missing; says which.
+    """
+    device, dtype = module_device(model), module_dtype(model)
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = prepare_scheduler(scheduler, num_inference_steps, device)
+    conditioning = resolve_conditioning(example_inputs, batch_size, generator)
+    template = example_call(model, timestep_tensor(scheduler.timesteps[0], device), conditioning, batch_size, dtype)
+    signature = Signature.of(model)
+    noise = torch.randn(template[signature.sample].shape, generator=generator).to(device, dtype)
+    return _sample(model, scheduler, template, signature, noise, dict(step_kwargs or {}), generator)
+
+
+def _sample(
+    model: torch.nn.Module,
+    scheduler: Any,
+    template: Call,
+    signature: Signature,
+    noise: torch.Tensor,
+    step_kwargs: Mapping[str, Any],
+    generator: torch.Generator,
+    tapes: Sequence[Sequence[torch.Tensor]] | None = None,
+) -> Trajectory:
+    """Sample from ``noise``, drawing from ``generator`` or playing ``tapes`` back, and keep every call."""
+    x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    start = copy.deepcopy(scheduler)
+    initial = x.clone()
+    options = dict(step_kwargs)
+    if "generator" in inspect.signature(scheduler.step).parameters and "generator" not in options:
+        options["generator"] = generator
+    calls, outputs, noises, values = [], [], [], []
+    for i, timestep in enumerate(scheduler.timesteps):
+        call = dict(template)
+        call[signature.sample] = scale_input(scheduler, x, timestep)
+        if signature.timestep is not None:
+            form = torch.as_tensor(template[signature.timestep])
+            call[signature.timestep] = timestep_tensor(timestep, x.device).expand(form.shape)
+        prediction = first_tensor(model(**call))
+        with NoiseTape(tapes[i] if tapes is not None else None) as tape:
+            x = step_scheduler(scheduler, sampler_prediction(prediction, x, scheduler), timestep, x, options)
+        calls.append((call,))
+        outputs.append((prediction,))
+        noises.append(tuple(tape.tensors))
+        values.append(float(timestep))
+    return Trajectory(
+        calls=tuple(calls),
+        outputs=tuple(outputs),
+        timesteps=tuple(values),
+        initial_noise=initial,
+        noises=tuple(noises),
+        final=x,
+        scheduler=start,
+        step_kwargs=dict(step_kwargs),
+        sample=signature.sample,
+    )

@@ -1,0 +1,1 @@
+"""What looks at everything else: benchmarks, diagnosis, pictures, the command line."""

@@ -1,0 +1,127 @@
+"""Derivatives of the final samples by all coefficients, against finite differences of whole rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ddim, labels, tiny_dit, tiny_unet
+from diffusers import DPMSolverMultistepScheduler
+from pipelines import record as record_pipeline
+
+import fxmask
+from fxmask.learning.adjoint import acts_by_element, derivatives, free_terms, refine_all
+from fxmask.learning.schedule import Schedule, moved_by
+from fxmask.learning.student import Student
+
+STEP = 2e-3
+
+
+def freed(student, loads, seed=0):
+    """A schedule, and coefficients of everything that its steps form or blend, near plain reuse."""
+    schedule = Schedule(tuple(map(frozenset, loads)), 1, 2, blend=1)
+    generator = torch.Generator().manual_seed(seed)
+    coefficients = {}
+    for i, names in enumerate(schedule.loads):
+        for name in sorted(names | ({student.output} if student.blends(schedule, i) else set())):
+            sources = student.sources(schedule, i, name)
+            moves = (0.2 * torch.randn(len(sources), generator=generator)).tolist() if names else [0.0]
+            coefficients[i, name] = tuple((s, float(k == 0) + moves[k]) for k, s in enumerate(sources))
+    return schedule, coefficients
+
+
+def compare(student, schedule, coefficients, every, tolerance):
+    """Largest deviation of some derivatives, relative to the largest finite difference."""
+    base = student.rollout(schedule, coefficients, keep=True)
+    terms = free_terms(coefficients)
+    generator = torch.Generator().manual_seed(1)
+    directions = [[torch.randn(t.final.shape, generator=generator) for _ in range(2)] for t in student.trajectories]
+    found = derivatives(student, schedule, base, terms, directions)
+    expected = []
+    for step, block, k in terms[::every]:
+        high, low = (student.rollout(schedule, moved_by(coefficients, step, (block,), k, a)) for a in (STEP, -STEP))
+        for n in range(len(student.trajectories)):
+            moved = (high.finals[n].double() - low.finals[n].double()) / (2 * STEP)
+            expected.append(torch.stack([(moved * u).flatten(1).sum(dim=1) for u in directions[n]]))
+    got = [found[n][:, :, column] for column in range(0, len(terms), every) for n in range(len(student.trajectories))]
+    largest = max(float(x.abs().max()) for x in expected)
+    assert largest > 1e-4
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest)
+
+
+def student_of(model, scheduler, conditioning=None, options=None):
+    runs = [
+        fxmask.record(
+            model, scheduler, num_inference_steps=6, batch_size=2, example_inputs=conditioning, step_kwargs=options, seed=seed
+        )
+        for seed in range(2)
+    ]
+    return Student(fxmask.capture(model, runs[0].calls[0][0]), runs)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+@pytest.mark.parametrize("family", ["dit", "unet"])
+def test_derivatives(family, sampler):
+    """Branches and stages, older values, blends that later blends read, one-step and multistep samplers."""
+    scheduler = ddim(clip_sample=False) if sampler == "ddim" else DPMSolverMultistepScheduler()
+    options = {"eta": 1.0} if sampler == "ddim" else None
+    student = student_of(*((tiny_dit(), scheduler, labels) if family == "dit" else (tiny_unet(), scheduler)), options=options)
+    branches = {b.name for b in student.program.branches}
+    stage = next(b.name for b in student.program.blocks if b.kind == "stage")
+    loads = [set(), branches, set(sorted(branches)[::2]), set(), {stage}, branches]
+    compare(student, *freed(student, loads), every=5, tolerance=0.02)
+
+
+def test_derivatives_where_the_output_is_formed_too():
+    student = student_of(tiny_dit(), ddim(clip_sample=False), labels, {"eta": 1.0})
+    branches = {b.name for b in student.program.branches}
+    loads = [set(), {student.output}, branches, {student.output}, set(), branches]
+    compare(student, *freed(student, loads), every=2, tolerance=0.02)
+
+
+def test_derivatives_through_a_pipeline_with_two_calls_per_step():
+    pipe, _, trajectory = record_pipeline("wan")
+    assert acts_by_element(trajectory)
+    student = Student(fxmask.capture(pipe.transformer, trajectory.calls[0][0]), [trajectory])
+    branches = {b.name for b in student.program.branches}
+    loads = [branches if i % 2 else set() for i in range(student.num_steps)]
+    compare(student, *freed(student, loads), every=7, tolerance=0.02)
+
+
+def test_clipping_stops_derivatives():
+    """Where the sampler clips, the final sample does not move, whatever the last step forms."""
+    largest = {}
+    for clips in (False, True):
+        scheduler = ddim(clip_sample=clips, clip_sample_range=1e-6)
+        student = student_of(tiny_dit(), scheduler, labels, {"eta": 0.0})
+        branches = {b.name for b in student.program.branches}
+        schedule, coefficients = freed(student, [set(), *([branches] * 5)])
+        base = student.rollout(schedule, coefficients, keep=True)
+        directions = [[torch.ones_like(t.final)] for t in student.trajectories]
+        terms = free_terms(coefficients)
+        found = derivatives(student, schedule, base, terms, directions)[0]
+        largest[clips] = float(found[:, :, [k for k, (step, _, _) in enumerate(terms) if step == 5]].abs().max())
+    assert largest[True] < 1e-3 * largest[False]
+
+
+def test_refinement_is_never_worse_and_repeatable():
+    student = student_of(tiny_dit(), ddim(), labels, {"eta": 1.0})
+    branches = {b.name for b in student.program.branches}
+    schedule, coefficients = freed(student, [branches if i % 2 else set() for i in range(6)])
+    before = student.score(student.rollout(schedule, coefficients))
+    better, score = refine_all(student, schedule, coefficients, 3)
+    assert score < before - 0.5
+    assert score == pytest.approx(student.score(student.rollout(schedule, better)), abs=1e-6)
+    assert refine_all(student, schedule, coefficients, 3) == (better, score)
+    assert refine_all(student, schedule, coefficients, 4) != (better, score)
+
+
+def test_a_prediction_that_is_no_sample_is_not_differentiated():
+    model = tiny_dit(out_channels=2)  # a learned variance
+    run = fxmask.record(model, ddim(), num_inference_steps=3, batch_size=2, example_inputs=labels, step_kwargs={"eta": 1.0})
+    assert not acts_by_element(run)
+    own = replace(run, outputs=tuple((step[0][:, :1],) for step in run.outputs))
+    assert acts_by_element(own)
+    assert not acts_by_element(replace(own, outputs=tuple((step[0].half(),) for step in own.outputs)))
