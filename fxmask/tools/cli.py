@@ -83,3 +83,7 @@ def _summary(options: argparse.Namespace) -> int:
     model, call = load_case(options.model)
     sys.stdout.write(capture(model, call).summary() + "\n")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

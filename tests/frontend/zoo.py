@@ -1,7 +1,7 @@
 """Small random-weight instances of denoisers that nobody prepared for, and a table of what fxmask makes of them.
 
-``python tests/zoo.py --output examples/results/zoo.md [--only NAME]`` writes the table; ``test_zoo.py`` checks every row.
-An entry builds a model and the arguments of one call; nothing here is known to the library.
+``python tests/frontend/zoo.py --output examples/results/zoo.md [--only NAME]`` writes the table; ``test_zoo.py``
+checks every row. An entry builds a model and the arguments of one call; nothing here is known to the library.
 """
 
 from __future__ import annotations
@@ -1221,9 +1221,9 @@ def examine(entry: Entry) -> tuple[Row, fxmask.Program | None]:
 
 HEADER = """# The zoo
 
-Small random-weight instances, made by `python tests/zoo.py --output examples/results/zoo.md` (one thread; torch {torch}).
-Shares are of all MACs, the whole-output cut left out. *All ones*: largest difference between the program that computes
-everything and the model, over 4 calls (the model without the fused inference kernel of `nn.MultiheadAttention`, which
+Small random-weight instances, made by `python tests/frontend/zoo.py --output examples/results/zoo.md` (one thread; torch
+{torch}). Shares are of all MACs, the whole-output cut left out. *All ones*: largest difference between the program that
+computes everything and the model, over 4 calls (the model without the fused inference kernel of `nn.MultiheadAttention`, which
 differs from its own other path by rounding). *Random masks*: 2 masks over 4 steps, specialised graphs against the reference
 interpreter, bit for bit.
 
