@@ -114,7 +114,7 @@ MUTATIONS = [
         "passes/rectify.py",
         "return (self.live, tuple(load.form for load in self.load), tuple(load.form for load in self.blend))",
         "return (self.live,)",
-        (SPECIALISED, f"{PROPERTIES}::test_distinct_graphs_are_few_and_hold_what_they_claim"),
+        ("passes/test_split_regions.py",),
     ),
     Mutation(
         "mask: a run that starts in the middle loads what was never stored",

@@ -11,6 +11,7 @@ from conftest import TinyTransformer, make_calls
 import fxmask
 from fxmask.backends import inductor
 from fxmask.backends.inductor import Regions
+from fxmask.backends.straight_line import chain_regions
 from fxmask.passes.merge_regions import Vocabulary
 from fxmask.passes.split_regions import build_regions, joins, segments_of
 from fxmask.runtime.executor import Executor
@@ -44,10 +45,10 @@ def regions_of(program, plan, budget: int):
 
 
 def run_in_parts(graph_module, segments, inputs):
-    """What a schedule of the regions computes, in eager mode."""
+    """What the regions compute one after the other, in eager mode."""
     regions = build_regions(graph_module, segments)
     runs = [region.graph_module for region in regions]
-    return inductor.schedule(graph_module, regions, runs)(*inputs)
+    return chain_regions(graph_module, regions, runs)(*inputs)
 
 
 def test_joins_are_the_residual_sums():
