@@ -370,28 +370,51 @@ def python(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, **options)  # type: ignore[call-overload]
 
 
-def run(mutation: Mutation, package: Path, folder: Path) -> str | None:
-    """Name of the first test that fails, or ``None``."""
+def failing(package: Path, tests: tuple[str, ...]) -> str | None:
+    """Name of the first test that fails on the copy as it is now, or ``None``.
+
+    Raises:
+        SystemExit: pytest could not run them.
+    """
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
+    script = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    try:
+        result = python(package, script, *options, *(str(ROOT / "tests" / name) for name in tests))
+    except subprocess.TimeoutExpired:
+        return "they do not end"
+    if result.returncode == 0:
+        return None
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if not failed:
+        raise SystemExit(f"pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
+    return failed[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/")
+
+
+def run(mutation: Mutation, package: Path, sound: set[str]) -> str | None:
+    """Name of the first test that fails because of a mutation, or ``None``.
+
+    Args:
+        mutation: to try.
+        package: holds the copy.
+        sound: tests that are known to pass without mutations; it grows.
+
+    Raises:
+        SystemExit: the rule is not where the list says, or the test fails without the mutation, too.
+    """
     path = package / mutation.installed
     original = path.read_text()
     if original.count(mutation.old) != 1:
         raise SystemExit(f"{mutation.name}: the rule is not once in {mutation.file}; update the list")
     path.write_text(original.replace(mutation.old, mutation.new))
-    tests = [str(ROOT / "tests" / name) for name in mutation.tests]
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
     try:
-        result = python(package, "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", *options, *tests)
-    except subprocess.TimeoutExpired:
-        return "they do not end"
+        caught = failing(package, mutation.tests)
     finally:
         path.write_text(original)
-    (folder / "last.log").write_text(result.stdout + result.stderr)
-    if result.returncode == 0:
-        return None
-    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    if not failed:
-        raise SystemExit(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
-    return failed[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
+    if caught is not None and "::" in caught and caught not in sound:
+        if failing(package, (caught,)) is not None:
+            raise SystemExit(f"{mutation.name}: {caught} fails without the mutation, too")
+        sound.add(caught)
+    return caught
 
 
 def main() -> int:
@@ -404,6 +427,7 @@ def main() -> int:
         print("\n".join(mutation.name for mutation in chosen))
         return 0
     survivors = 0
+    sound: set[str] = set()
     with tempfile.TemporaryDirectory() as name:
         package = Path(name) / "package"
         install(package)
@@ -413,7 +437,7 @@ def main() -> int:
         assert copied, f"the copy is not what is imported: {found.stdout}{found.stderr}"
         for mutation in chosen:
             started = time.perf_counter()
-            caught = run(mutation, package, Path(name))
+            caught = run(mutation, package, sound)
             survivors += caught is None
             seconds = f"{time.perf_counter() - started:.0f} s"
             print(f"{'SURVIVED' if caught is None else 'caught'}  {mutation.name}  {caught or ''} ({seconds})", flush=True)
