@@ -27,25 +27,35 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 # Nested arguments as flat leaves, as torch.export itself flattens them.
+from torch.utils import _device as device_mode
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "GLOBAL_HOOKS",
+    "HOOKS",
+    "MODULE_INTERNALS",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "OpOverloadPacket",
+    "answered_questions",
     "aoti_compile",
     "aoti_load",
     "collected_output_code",
     "cpp_compiler_problem",
+    "default_device",
     "forget_compiled_call",
     "get_proxy_mode",
+    "hooks_so_far",
     "inductor_compile",
+    "is_transformed",
     "make_fx",
     "own_submodules",
     "own_tensors",
+    "own_tensors_by_name",
     "pytree",
     "quiet_loggers",
     "recording_graph",
@@ -58,6 +68,13 @@ __all__ = [
 OpOverload = torch._ops.OpOverload  # the type of ``torch.ops.aten.add.Tensor``: what graphs call
 HigherOrderOperator = torch._ops.HigherOrderOperator  # operators that take graphs: regions under no_grad, control flow
 
+OpOverloadPacket = torch._ops.OpOverloadPacket  # ``torch.ops.aten.add``: what functions call
+
+# What every module has besides its own attributes, and where it keeps its hooks; and the hooks of all modules.
+MODULE_INTERNALS = frozenset(vars(torch.nn.Module())) - {"training"}
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks)
+
 # What a module holds its tensors and submodules in; there is no public way to have one module stand for another's.
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -65,6 +82,22 @@ _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 def version_of(tensor: torch.Tensor) -> int:
     """How often a tensor was changed in place; -1 where that is not counted (inference tensors)."""
     return -1 if tensor.is_inference() else int(tensor._version)
+
+
+def hooks_so_far() -> int:
+    """How many hooks were registered in this process so far, on whatever module."""
+    return int(torch.utils.hooks.RemovableHandle.next_id)
+
+
+def is_transformed() -> bool:
+    """Whether the call is inside of a transform (``torch.func``) or of forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def default_device() -> torch.device | None:
+    """Where new tensors are put; ``torch.get_default_device`` takes longer than a step may."""
+    device: torch.device | None = device_mode.CURRENT_DEVICE
+    return device
 
 
 def shape_only(cls: type, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
@@ -81,6 +114,11 @@ def own_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers of a module itself, without its submodules'."""
     values = [*module._parameters.values(), *module._buffers.values()]
     return [value for value in values if value is not None]
+
+
+def own_tensors_by_name(module: torch.nn.Module) -> list[tuple[str, torch.Tensor | None]]:
+    """Parameters and buffers of a module itself by name, ``None`` for those that are left out."""
+    return [*module._parameters.items(), *module._buffers.items()]
 
 
 def own_submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
@@ -103,6 +141,24 @@ def recording_graph() -> fx.Graph:
     mode: Any = get_proxy_mode()
     graph: fx.Graph = mode.tracer.graph
     return graph
+
+
+@contextlib.contextmanager
+def answered_questions(log: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Collects every question about symbolic values that is answered inside while exporting: (expression, answer)."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    ask = ShapeEnv.evaluate_expr
+
+    def answer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = ask(self, *args, **kwargs)
+        expression = args[0] if args else kwargs.get("orig_expr")
+        if getattr(expression, "free_symbols", None):
+            log.append((expression, given))
+        return given
+
+    with mock.patch.object(ShapeEnv, "evaluate_expr", answer):
+        yield
 
 
 FAKE_TENSOR_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")

@@ -52,6 +52,7 @@ def accelerate(
     mask: Mask | None = None,
     example_inputs: ExampleInputs = None,
     step_kwargs: Mapping[str, Any] | None = None,
+    scheduler_kwargs: Mapping[str, Any] | None = None,
     max_graphs: int | None = None,
     max_cache_bytes: int | None = None,
     learner: str = "default",
@@ -76,6 +77,7 @@ def accelerate(
         example_inputs: dict of forward arguments, or a function (batch_size, generator) -> dict, for conditioning that
             cannot be inferred; sample and timestep may be included.
         step_kwargs: passed on to ``scheduler.step`` while recording, e.g. ``{"eta": 1.0}``.
+        scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where the image's size shifts timesteps.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
         max_cache_bytes: at most this many cached bytes at once, per lane, for a batch of ``RECORDED_BATCH``.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
@@ -110,6 +112,7 @@ def accelerate(
             batch_size=RECORDED_BATCH,
             example_inputs=example_inputs,
             step_kwargs=step_kwargs,
+            scheduler_kwargs=scheduler_kwargs,
             seed=s,
         )
         for s in tqdm(_seeds(seed, mask, learner), desc="recording", unit="run", disable=not progress)
@@ -264,7 +267,7 @@ def pareto(
     return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
-def compile(program: Program, plan: Plan, *, backend: str = "inductor", mode: str | None = None) -> AcceleratedModel:
+def compile(program: Program, plan: Plan, backend: str = "inductor", *, mode: str | None = None) -> AcceleratedModel:
     """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
 
     Args:

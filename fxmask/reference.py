@@ -93,6 +93,7 @@ def steps_of(calls: _Recorded | Steps) -> list[list[Mapping[str, Any]]]:
 def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], cache: Cache) -> Any:
     """One call of the masked program. Reads and writes ``cache``; returns the model's own return type."""
     bound = program.signature.bind((), dict(call))
+    program.require_assumed(bound, f"step {step}")
     cut = {
         name: (block.name, i) for block in program.blocks if block.name in mask.blocks for i, name in enumerate(block.values)
     }

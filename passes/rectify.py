@@ -47,13 +47,15 @@ def rectify(program: Program, mask: Mask, *, start: int = 0) -> Plan:
         The plan. ``rectify(program, plan.mask, start)`` returns the same plan.
 
     Raises:
-        MaskError: the mask names a block that the program does not have, or was made for another program.
+        MaskError: the mask names a block that the program does not have, or was made for another program; or a forecast
+            reads a block that the mask does not list, or one whose values have another shape or type.
     """
     return _plan(program, mask, start, keep=False)
 
 
 def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     blocks = _listed_blocks(program, mask)
+    _check_sources_are_listed(program, mask)
     if not 0 <= start < mask.num_steps:
         raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
     source = mask
@@ -114,6 +116,17 @@ def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
     return [known[name] for name in mask.blocks]
 
 
+def _check_sources_are_listed(program: Program, mask: Mask) -> None:
+    """Blocks that are not listed are never cut, so nothing is stored of them; the sample always may be read."""
+    known = {block.name for block in program.blocks}
+    for (step, name), terms in (mask.forecast.terms if mask.forecast else {}).items():
+        for source, _ in terms:
+            other, at = source if isinstance(source, tuple) else (name, source)
+            if other != INPUT and other not in mask.blocks:
+                why = "which the mask does not list; give it a column" if other in known else "which is no block of the program"
+                raise MaskError(f"forecast of block {name!r} at step {step} reads step {at} of {other!r}, {why}")
+
+
 def _cut_values(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[str, int]]:
     """{node name: (block, value index)}. Two blocks may share a value only if one of them is not in the mask."""
     cut: dict[str, tuple[str, int]] = {}
@@ -144,16 +157,13 @@ def _live_row(
 
 
 def _checked(program: Program, load: Load) -> Load:
-    """The load, if every value that it reads exists and has the shape and type of the one that is formed."""
+    """The load, if every value that it reads is there and has the shape and type of the one that is formed."""
     wanted = program.node(program.block(load.block).values[load.value]).meta["val"]
     for slot, _ in load.terms:
         if slot.block == load.block:
             continue
         where = f"forecast of block {load.block!r} at step {load.step} reads {slot.block!r}"
-        try:
-            values = program.block(slot.block).values
-        except KeyError:
-            raise MaskError(f"{where}, which is no block of the program") from None
+        values = program.block(slot.block).values
         source = program.node(values[slot.value]).meta["val"] if slot.value < len(values) else None
         if source is None or source.shape != wanted.shape or source.dtype != wanted.dtype:
             found = "no such value" if source is None else f"{source.dtype}{list(source.shape)}"

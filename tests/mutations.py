@@ -114,7 +114,7 @@ MUTATIONS = [
         "passes/rectify.py",
         "return (self.live, tuple(load.form for load in self.load), tuple(load.form for load in self.blend))",
         "return (self.live,)",
-        ("passes/test_split_regions.py",),
+        ("passes/test_passes.py",),
     ),
     Mutation(
         "mask: a run that starts in the middle loads what was never stored",
@@ -214,7 +214,7 @@ MUTATIONS = [
         "passes/functionalize.py",
         "    while _inline_wrapped(result):\n        pass\n",
         "",
-        ("frontend/test_capture.py",),
+        ("frontend/test_capture.py::test_control_flow_is_refused",),
     ),
     # Running
     Mutation(

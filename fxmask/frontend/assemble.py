@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from fxmask.frontend.value_reads import ASSUMPTIONS
 from fxmask.ir.block import Block
 from fxmask.ir.calls import BoundCall, Signature
 from fxmask.ir.graph import attribute
@@ -50,6 +51,8 @@ def assemble_program(
         verified=rung != UNVERIFIED,
         fingerprint=fingerprint_of(module, blocks),
         weights=weights,
+        given_roles=dict(roles),
+        assumptions=module.meta.get(ASSUMPTIONS),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,13 +23,16 @@ from fxmask.frontend.arguments import needed_names
 from fxmask.frontend.assemble import UNVERIFIED, assemble_program, role_of
 from fxmask.frontend.fake import fake_call, fake_copy, is_abstract, quiet_torch
 from fxmask.frontend.infer import infer_call
+from fxmask.frontend.modules import module_device
 from fxmask.frontend.refusals import explain, refuse_data_dependent
 from fxmask.frontend.rungs import LADDER, Export, export_draft, export_running
+from fxmask.frontend.subject import Subject
 from fxmask.frontend.timestep_form import choose_timestep_form
 from fxmask.frontend.trace_values import trace_values
-from fxmask.frontend.verify import find_difference, many_inputs, output_spec_of, usual_inputs
+from fxmask.frontend.value_reads import ASSUMPTIONS, refuse_unseen
+from fxmask.frontend.verify import find_difference, is_looked_up, many_inputs, output_spec_of, same_values, usual_inputs
 from fxmask.ir.calls import BoundCall, Signature
-from fxmask.ir.outputs import OutputSpec
+from fxmask.ir.outputs import OutputSpec, flatten_output
 from fxmask.ir.program import Program
 
 logger = logging.getLogger(__name__)
@@ -38,11 +42,15 @@ ROLES = ("sample", "timestep", "conditioning", "step")
 def capture(
     model: torch.nn.Module,
     example_inputs: Mapping[str, Any] | None = None,
-    *,
     roles: Mapping[str, str] | None = None,
+    *,
     batch_size: int = 2,
 ) -> Program:
     """Capture a denoiser as a functional graph and find its blocks.
+
+    The graph is what the model computes as it is now: its Python state (attributes, hooks, adapters) and the modes around the
+    call (autocast, default dtype) belong to the program, and the runtime looks whether they are still the same. The model is
+    run a few times, on copies of the arguments, and left as it was.
 
     A model without weights (built under ``torch.device("meta")`` or a fake tensor mode) is captured too, for its blocks and
     MACs: the program says ``verified=False`` and cannot be compiled.
@@ -77,16 +85,17 @@ def capture(
             return _capture_abstract(model, signature, given, batch_size, dict(roles or {}))
         if not needed_names(signature) <= given.keys():
             given = infer_call(model, given, batch_size, signature)
+        subject = Subject(model, module_device(model).type)
         try:
-            form, bound = choose_timestep_form(model, signature, given)
-            outputs = output_spec_of(model, bound)
+            form, bound = choose_timestep_form(subject, signature, given)
+            outputs = output_spec_of(subject, bound)
         except (CaptureError, InputError):
             raise
         except Exception as error:  # the model itself failed: perhaps for want of an argument
             inferred = _inferred(model, signature, given, batch_size, error)
-            form, bound = choose_timestep_form(model, signature, inferred)
-            outputs = output_spec_of(model, bound)
-        return _capture(model, form, bound, outputs, dict(roles or {}))
+            form, bound = choose_timestep_form(subject, signature, inferred)
+            outputs = output_spec_of(subject, bound)
+        return _capture(subject, form, bound, outputs, dict(roles or {}))
 
 
 def _inferred(
@@ -115,7 +124,7 @@ def _capture_abstract(
             form = replace(signature, batched_timestep=batched)
             try:
                 bound = form.bind((), fake_call(call, mode))
-                outputs = output_spec_of(copy, bound)
+                outputs = output_spec_of(Subject(copy, "cpu"), bound)
                 module = export_running(copy, bound)
                 refuse_data_dependent(module)
                 return assemble_program(module, model, form, bound, outputs, roles, UNVERIFIED)
@@ -130,33 +139,80 @@ def capture_bound(
 ) -> Program:
     """Capture for a call that is already in canonical form."""
     with quiet_torch(), torch.no_grad():
-        return _capture(model, signature, bound, output_spec_of(model, bound), dict(roles or {}))
+        subject = Subject(model, module_device(model).type)
+        return _capture(subject, signature, bound, output_spec_of(subject, bound), dict(roles or {}))
 
 
-def _capture(
-    model: torch.nn.Module, signature: Signature, bound: BoundCall, outputs: OutputSpec, roles: dict[str, str]
-) -> Program:
+def _capture(subject: Subject, signature: Signature, bound: BoundCall, outputs: OutputSpec, roles: dict[str, str]) -> Program:
     tried: list[str] = []
+    model = subject.model
+    _refuse_writes(subject)
+    _refuse_kept_state(subject, bound)
     for rung, export, form, call in _attempts(signature, bound, roles):
-        module = _climb(model, call, signature.timestep, rung, export, tried)
+        module = _climb(subject, form, call, roles, rung, export, tried)
         if module is not None:
-            return assemble_program(module, model, form, call, outputs, roles, rung)
+            _warn_of_hooks(subject)
+            program = assemble_program(module, model, form, call, outputs, roles, rung)
+            return replace(program, state=subject.snapshot, ambient=subject.ambient)
     raise CaptureError(
         f"{type(model).__name__} could not be captured as a graph that computes what the model computes. "
         "Tried:\n" + "\n".join(tried) + _advice(model)
     )
 
 
+def _refuse_writes(subject: Subject) -> None:
+    if subject.writes:
+        raise CaptureError(
+            f"{type(subject.model).__name__}.forward writes to its arguments {subject.writes} in place (x *= 2, x.mul_(2), "
+            "x[...] = y). A graph would leave them as they are, and the sampler would go on with other values; write "
+            "x = x * 2 in forward, or give it a clone"
+        )
+
+
+def _refuse_kept_state(subject: Subject, bound: BoundCall) -> None:
+    """Refuse a model whose result depends on what an earlier call of the same run left in it."""
+    if not subject.written_state:
+        return
+    first = tuple(bound.tensors.values())
+    second = tuple(torch.randn_like(x) if x.is_floating_point() and x.dim() > 2 else x for x in first)
+    alone, _ = flatten_output(subject(bound.rebuild(second)))
+    after = subject.twice(bound.rebuild(first), bound.rebuild(second))
+    if not all(same_values(a, b) for a, b in zip(flatten_output(after)[0], alone, strict=True)):
+        raise CaptureError(
+            f"{type(subject.model).__name__} keeps state between calls in {subject.written_state[:5]}: its result depends on "
+            "the call before, and that cannot be cached. Switch that off (a cache of its own, for instance) for acceleration"
+        )
+
+
+def _warn_of_hooks(subject: Subject) -> None:
+    hooks = subject.snapshot.hooks
+    if hooks:
+        warnings.warn(
+            f"{type(subject.model).__name__} has forward hooks ({', '.join(hooks[:3])}{', ...' if len(hooks) > 3 else ''}). "
+            "What they change is captured; what else they do, such as keeping features, is not done by the accelerated model. "
+            "Remove them before capture if that matters",
+            stacklevel=4,
+        )
+
+
 def _climb(
-    model: torch.nn.Module, bound: BoundCall, timestep: str | None, rung: str, export: Export, tried: list[str]
+    subject: Subject,
+    signature: Signature,
+    bound: BoundCall,
+    roles: Mapping[str, str],
+    rung: str,
+    export: Export,
+    tried: list[str],
 ) -> fx.GraphModule | None:
     """The graph of one rung if it computes what the model computes; else ``None``, and the reason in ``tried``."""
+    model, timestep = subject.model, signature.timestep
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graph of an export that failed
+        with contextlib.redirect_stderr(io.StringIO()), subject.untouched():  # torch.export prints what failed
             module = export(model, bound)
         refuse_data_dependent(module)
+        refuse_unseen(module.meta.get(ASSUMPTIONS), list(bound.tensors), lambda name: role_of(name, signature, roles))
         inputs = many_inputs if export is export_draft else usual_inputs
-        difference = find_difference(module, model, bound, inputs(bound, timestep))
+        difference = find_difference(module, subject, bound, inputs(bound, timestep, is_looked_up(module, bound, timestep)))
     except Exception as error:  # each rung fails in its own ways; all of them are reported
         tried.append(f"  {rung}: {explain(error, model)}")
         logger.debug("%s failed", rung, exc_info=True)

@@ -19,6 +19,7 @@ def quiet_torch() -> Iterator[None]:
     """Failures that are expected are not logged by torch, and its warnings about its own internals are not shown."""
     with quiet_loggers(*FAKE_TENSOR_LOGGERS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch(\.|$)")
+        warnings.filterwarnings("ignore", message="The tensor attribute")  # is set by forward: undone, and compared
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield

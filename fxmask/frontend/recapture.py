@@ -12,9 +12,11 @@ from fxmask.errors import CaptureError
 from fxmask.frontend.assemble import assemble_program
 from fxmask.frontend.capture import capture_bound
 from fxmask.frontend.fake import quiet_torch
+from fxmask.frontend.subject import Subject
 from fxmask.frontend.symbolic_export import export_symbolic
-from fxmask.frontend.verify import find_difference, output_spec_of, usual_inputs
+from fxmask.frontend.verify import find_difference, is_looked_up, output_spec_of, usual_inputs
 from fxmask.frontend.wrapper import MODEL, Wrapper
+from fxmask.guards.ambient import Ambient
 from fxmask.ir.block import Block
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.program import Program
@@ -33,9 +35,9 @@ def recapture(program: Program, bound: BoundCall) -> Program:
     Raises:
         CaptureError: the new graph has other blocks, so that a mask for the old one cannot be used.
     """
-    roles = {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
+    roles = dict(program.given_roles)
     with quiet_torch(), torch.no_grad():
-        symbolic = _from_symbolic(program, bound, roles)
+        symbolic = _from_symbolic(program, bound, roles) if _as_captured(program) else None
     if symbolic is not None:
         with contextlib.suppress(CaptureError):  # symbolic sizes can lead through other operators
             return _carry_blocks(program, symbolic)
@@ -62,6 +64,13 @@ def _carry_blocks(program: Program, fresh: Program) -> Program:
     return replace(fresh, blocks=blocks, fingerprint=program.fingerprint, symbolic=program.symbolic)
 
 
+def _as_captured(program: Program) -> bool:
+    """Whether the model and the modes around it are what the symbolic captures were made for."""
+    device = program.example.tensors[program.signature.sample].device.type
+    unchanged = program.state is None or program.state.held.same()
+    return unchanged and program.ambient in (None, Ambient.now(device))
+
+
 def _same_kind(old: Block, new: Block | None) -> bool:
     return new is not None and new.kind == old.kind and len(new.values) == len(old.values)
 
@@ -78,12 +87,16 @@ def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) ->
             program.symbolic.append(made)
         graph = next(graph for graph in program.symbolic if graph.covers(bound))
         module = graph.at(bound)
-        difference = find_difference(module, model, bound, usual_inputs(bound, program.signature.timestep))
+        subject = Subject(model, bound.tensors[program.signature.sample].device.type)
+        timestep = program.signature.timestep
+        inputs = usual_inputs(bound, timestep, is_looked_up(module, bound, timestep))
+        difference = find_difference(module, subject, bound, inputs)
     except Exception:  # an export fails in many ways; another capture follows
         logger.debug("no symbolic capture", exc_info=True)
         return None
     if difference is not None:
         logger.debug("the symbolic capture is refused: %s", difference)
         return None
-    outputs = output_spec_of(model, bound)
-    return assemble_program(module, model, program.signature, bound, outputs, roles, "torch.export (symbolic sizes)")
+    outputs = output_spec_of(subject, bound)
+    fresh = assemble_program(module, model, program.signature, bound, outputs, roles, "torch.export (symbolic sizes)")
+    return replace(fresh, state=subject.snapshot, ambient=subject.ambient)

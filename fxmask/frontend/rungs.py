@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fxmask.frontend.trace_values import trace_values
+from fxmask.frontend.value_reads import WatchingWrapper, split_reads
 from fxmask.frontend.wrapper import MODEL, Wrapper, WrapperWithData, distinct
 from fxmask.ir.calls import BoundCall
 from fxmask.passes.functionalize import functionalize
@@ -41,8 +42,7 @@ def export_interpreting(model: torch.nn.Module, bound: BoundCall) -> fx.GraphMod
 def export_draft(model: torch.nn.Module, bound: BoundCall) -> fx.GraphModule:
     """By running the model's Python, taking at every question about a value the way that the example takes.
 
-    A check that always passes leaves a right graph; a real branch leaves one of its sides, which only a comparison over many
-    timesteps and values can notice.
+    What it took for granted is kept beside the graph (``ASSUMPTIONS``), to be asked of each call.
     """
     log = logging.getLogger("torch.export")
     level = log.level
@@ -51,9 +51,12 @@ def export_draft(model: torch.nn.Module, bound: BoundCall) -> fx.GraphModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # torch leaves its trace file open
             tensors = distinct(list(bound.tensors.values()))
-            exported = torch.export.draft_export(WrapperWithData(model, bound).eval(), tensors)
+            wrapper = WatchingWrapper(model, bound).eval()
+            exported = torch.export.draft_export(wrapper, tensors)
             gc.collect()
-        return functionalize(exported, model, MODEL)
+        module = functionalize(exported, model, MODEL)
+        split_reads(module, wrapper.traces.reads[-1])
+        return module
     finally:
         log.setLevel(level)
 

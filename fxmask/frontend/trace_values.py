@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from fxmask._torch import make_fx, own_submodules, recording_graph
 from fxmask.frontend.wrapper import MODEL, WrapperWithData, distinct
@@ -18,12 +19,14 @@ from fxmask.ir.graph import mutates
 from fxmask.ir.weights import named_tensors
 from fxmask.passes.functionalize import functionalize
 
+SILENT = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
 
 def trace_values(model: torch.nn.Module, bound: BoundCall) -> fx.GraphModule:
     """By recording the operators of a call on the real tensors."""
     tensors = distinct(list(bound.tensors.values()))
     wrapper = WrapperWithData(model, bound).eval()
-    with _recorded_paths(model) as paths:
+    with _recorded_paths(model) as paths, _NoHiddenReads():
         traced = make_fx(wrapper.forward, tracing_mode="real", pre_dispatch=True)(*tensors)
     known = {id(tensor): name for name, tensor in named_tensors(model)}
     _fold_sizes(traced, known)
@@ -34,6 +37,15 @@ def trace_values(model: torch.nn.Module, bound: BoundCall) -> fx.GraphModule:
             names[f"traced.{node.target}"] = known[id(held)]
     exported = torch.export.export(_TraceModule(traced, paths).eval(), tensors, strict=False)
     return functionalize(exported, model, MODEL, names)
+
+
+class _NoHiddenReads(TorchFunctionMode):
+    """Lets ``item`` object, as it does for what is recorded, where other ways to a value would be silent."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SILENT and args[0].numel():
+            args[0].detach().reshape(-1)[0].item()
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

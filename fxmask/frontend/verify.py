@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxmask._torch import pytree
+from fxmask.frontend.subject import Subject
+from fxmask.frontend.value_reads import ASSUMPTIONS
+from fxmask.ir.assumptions import Assumptions
 from fxmask.ir.calls import RETURN_DICT, BoundCall
 from fxmask.ir.outputs import OutputSpec, flatten_output
 
@@ -19,26 +24,30 @@ logger = logging.getLogger(__name__)
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def find_difference(module: fx.GraphModule, model: torch.nn.Module, bound: BoundCall, inputs: Iterable[Trial]) -> str | None:
+def find_difference(module: fx.GraphModule, subject: Subject, bound: BoundCall, inputs: Iterable[Trial]) -> str | None:
     """Compare graph and model on some inputs.
 
     Args:
         module: the graph.
-        model: the denoiser.
+        subject: the denoiser.
         bound: the call that the graph was captured for.
         inputs: from ``usual_inputs`` or ``many_inputs``.
 
     Returns a description of the first difference, or ``None``.
     """
+    assumptions: Assumptions | None = module.meta.get(ASSUMPTIONS)
     for name, tensors in inputs:
+        if assumptions is not None and assumptions.broken(tensors):
+            continue  # the original runs then
         try:
-            expected, _ = flatten_output(model(**bound.rebuild(tensors)))
+            expected, _ = flatten_output(subject(bound.rebuild(tensors)))
         except Exception:
             if name == EXAMPLE:
                 raise
             logger.debug("the model does not take %s", name, exc_info=True)  # e.g. a timestep beyond its table
             continue
-        got = module(*tensors)
+        with subject.ambient.graph_mode():
+            got = module(*tensors)
         for k, (a, b) in enumerate(zip(got, expected, strict=True)):
             if a.shape != b.shape or a.dtype != b.dtype:
                 return f"output {k} is {a.dtype}{list(a.shape)}, the model's is {b.dtype}{list(b.shape)} ({name})"
@@ -59,8 +68,15 @@ EXAMPLE = "example inputs"
 Trial = tuple[str, tuple[torch.Tensor, ...]]  # a name for messages, and the tensors of a call
 
 
-def usual_inputs(bound: BoundCall, timestep: str | None) -> Iterator[Trial]:
-    """The example itself, the example with other values throughout, and with the first and last timesteps."""
+def usual_inputs(bound: BoundCall, timestep: str | None, looked_up: bool = False) -> Iterator[Trial]:
+    """The example itself, the example with other values throughout, with constant ones, and at other timesteps.
+
+    Args:
+        bound: the example.
+        timestep: name of the timestep.
+        looked_up: whether the timestep is an index into a table: then none is tried that may lie beyond it, which on a GPU
+            would end the process.
+    """
     tensors = dict(bound.tensors)
     yield EXAMPLE, tuple(tensors.values())
     generator = torch.Generator().manual_seed(0)
@@ -78,18 +94,44 @@ def usual_inputs(bound: BoundCall, timestep: str | None) -> Iterator[Trial]:
         else:
             changed.append(x // 2 if x.dim() <= 1 else x.flip(0))
     yield "other values", tuple(changed)
+    for value in (0.0, 1.0):
+        constant = {n: torch.full_like(x, value) for n, x in tensors.items() if x.is_floating_point() and n != timestep}
+        yield f"all values {value:g}", tuple({**tensors, **constant}.values())
     if timestep in tensors and tensors[timestep].numel():
-        for value in (0.0, _last(tensors[timestep])):
+        for value in _timesteps(tensors[timestep], looked_up):
             yield _at(tensors, timestep, value)
 
 
-def many_inputs(bound: BoundCall, timestep: str | None) -> Iterator[Trial]:
+def _timesteps(example: torch.Tensor, looked_up: bool) -> tuple[float, ...]:
+    """Timesteps that are tried: the ends of the usual range, or what lies between an index of the example and 0."""
+    if not looked_up:
+        return (0.0, 1.0, _last(example))
+    return (0.0, float(example.min()) // 2)
+
+
+def is_looked_up(module: fx.GraphModule, bound: BoundCall, timestep: str | None) -> bool:
+    """Whether a graph uses something made of the timestep as an index into a table."""
+    if timestep not in bound.tensors:
+        return False
+    made = {list(module.graph.find_nodes(op="placeholder"))[list(bound.tensors).index(timestep)]}
+    for node in module.graph.nodes:
+        if made.isdisjoint(node.all_input_nodes):
+            continue
+        made.add(node)
+        packet: Any = getattr(node.target, "overloadpacket", None)
+        position = LOOK_UPS.get(packet)
+        if position is not None and not made.isdisjoint(pytree.tree_leaves(node.args[position])):
+            return True
+    return False
+
+
+def many_inputs(bound: BoundCall, timestep: str | None, looked_up: bool = False) -> Iterator[Trial]:
     """The usual ones, and many timesteps with other values, where a branch on a value may have been frozen."""
-    yield from usual_inputs(bound, timestep)
+    yield from usual_inputs(bound, timestep, looked_up)
     tensors = dict(bound.tensors)
     if timestep is None or timestep not in tensors or not tensors[timestep].numel():
         return
-    last = _last(tensors[timestep])
+    last = float(tensors[timestep].min()) if looked_up else _last(tensors[timestep])
     for k in range(MANY):
         yield _at(tensors, timestep, last * (k + 0.5) / MANY)
         shift = 0.1 * (-1) ** k * 2 ** (k / 3)  # both ways, from small to far beyond noise: a mean has a sign
@@ -120,6 +162,13 @@ def _shorter(mask: torch.Tensor) -> torch.Tensor:
     return changed
 
 
+LOOK_UPS = {  # operators that take indices, and the position of these
+    torch.ops.aten.embedding: 1,
+    torch.ops.aten.index: 1,
+    torch.ops.aten.take: 1,
+    torch.ops.aten.index_select: 2,
+    torch.ops.aten.gather: 2,
+}
 LAST_TIMESTEP = 999.0  # of the usual 1,000 training steps
 MANY = 24  # timesteps that a draft is compared at
 
@@ -129,20 +178,20 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b) or torch.allclose(a, b, 0, 0, True))
 
 
-def run_model(model: torch.nn.Module, bound: BoundCall) -> tuple[OutputSpec, list[torch.Tensor]]:
+def run_model(subject: Subject, bound: BoundCall) -> tuple[OutputSpec, list[torch.Tensor]]:
     """Run the model once per value of ``return_dict``: how its outputs are put together, and the tensors in them."""
     tensors = tuple(bound.tensors.values())
     if RETURN_DICT not in bound.arguments:
-        flat, build = flatten_output(model(**bound.rebuild(tensors)))
+        flat, build = flatten_output(subject(bound.rebuild(tensors)))
         return OutputSpec({None: build}), flat
     given = bound.arguments[RETURN_DICT]
-    flat, build = flatten_output(model(**bound.rebuild(tensors)))
+    flat, build = flatten_output(subject(bound.rebuild(tensors)))
     builds = {given: build}
     with contextlib.suppress(Exception):
-        builds[not given] = flatten_output(model(**bound.rebuild(tensors, **{RETURN_DICT: not given})))[1]
+        builds[not given] = flatten_output(subject(bound.rebuild(tensors, **{RETURN_DICT: not given})))[1]
     return OutputSpec(builds), flat
 
 
-def output_spec_of(model: torch.nn.Module, bound: BoundCall) -> OutputSpec:
+def output_spec_of(subject: Subject, bound: BoundCall) -> OutputSpec:
     """How the model's outputs are put together."""
-    return run_model(model, bound)[0]
+    return run_model(subject, bound)[0]

@@ -10,16 +10,19 @@ module is the only place that knows how one becomes the other:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from fxmask._torch import pytree
 from fxmask.errors import InputError
+from fxmask.guards.values import closed, key_of, opened, text_of
 
 # Parameter names that denoisers use for these roles. Position decides where no name matches.
 SAMPLE_NAMES = ("sample", "hidden_states", "x", "latents", "noisy_latents", "x_t", "z_t", "img", "image")
@@ -84,16 +87,42 @@ class BoundCall:
     def key(self) -> tuple[Any, ...]:
         """What a captured graph depends on: structure, shapes, dtypes, devices and static values."""
         shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in self.tensors.items())
-        static = tuple((name, type(value).__name__, repr(value)) for name, value in self.static if not _is_return_dict(name))
-        return (shapes, static)
+        return (shapes, self._static_key)
+
+    @functools.cached_property
+    def _static_key(self) -> tuple[Any, ...]:
+        """By value, and now: what an argument is may change after the call."""
+        return tuple(
+            (name, value if isinstance(value, FixedTensor) else key_of(value))
+            for name, value in self.static
+            if not _is_return_dict(name)
+        )
+
+    def differences(self, other: BoundCall) -> list[str]:
+        """In what the form of another call differs from this one's, argument by argument."""
+        before, after = self._described(), other._described()
+        names = [name for name in {**before, **after} if before.get(name, ("",))[0] != after.get(name, ("",))[0]]
+        missing = (None, "not given")
+        return [f"{name} was {before.get(name, missing)[1]}, is {after.get(name, missing)[1]}" for name in names]
+
+    def _described(self) -> dict[str, tuple[Any, str]]:
+        """Key and text of each argument by name."""
+        found = {n: ((tuple(x.shape), x.dtype, x.device), describe_tensor(x)) for n, x in self.tensors.items()}
+        keys = dict(self._static_key)
+        return {**found, **{n: (keys[n], text_of(value)) for n, value in self.static if n in keys}}
 
     def rebuild(self, tensors: Sequence[torch.Tensor], **replaced: Any) -> dict[str, Any]:
         """Arguments by parameter name with other tensors in the tensor leaves."""
         values = {name: value.tensor if isinstance(value, FixedTensor) else value for name, value in self.static}
         values.update(zip(self.tensors, tensors, strict=True))
-        arguments = pytree.tree_unflatten([values[name] for name in self.layout], self.spec)
+        arguments = closed(pytree.tree_unflatten([values[name] for name in self.layout], self.spec))
         arguments.update(replaced)
         return dict(arguments)
+
+
+def describe_tensor(x: torch.Tensor) -> str:
+    """Type, shape and place of a tensor: ``float32[2, 4, 64, 64] on cpu``."""
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
 
 
 def _is_return_dict(name: str) -> bool:
@@ -169,7 +198,7 @@ class Signature:
         except TypeError as error:
             raise InputError(f"the denoiser cannot be called like this: {error}; its signature is {self.parameters}") from None
         bound.apply_defaults()
-        arguments = _inline_variadic(self.parameters, bound.arguments)
+        arguments = {n: _without_numpy(x) for n, x in _inline_variadic(self.parameters, bound.arguments).items()}
         sample = arguments.get(self.sample)
         if not isinstance(sample, torch.Tensor):
             raise InputError(
@@ -179,7 +208,7 @@ class Signature:
         given = arguments.get(self.timestep) if self.timestep is not None else None
         if self.timestep is not None:
             arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), sample)
-        pairs, spec = pytree.tree_flatten_with_path(arguments)
+        pairs, spec = pytree.tree_flatten_with_path(opened(arguments))
         leaves = [(path, self._canonical_leaf(leaf_name(path), leaf)) for path, leaf in pairs]
         tensors = {leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
         static = tuple((leaf_name(path), leaf) for path, leaf in leaves if not isinstance(leaf, torch.Tensor))
@@ -205,6 +234,11 @@ class Signature:
         if not self.batched_timestep and single:
             return timestep.to(sample.device).reshape((1,) if self.one_timestep else ())
         return timestep
+
+
+def _without_numpy(value: Any) -> Any:
+    """NumPy's numbers as Python's: schedulers hand them out as timesteps."""
+    return value.item() if isinstance(value, numpy.generic) else value
 
 
 def _first(names: Any) -> str | None:

@@ -37,9 +37,9 @@ class Forecast:
 
     The value of block ``b`` loaded at step ``i`` is ``sum(c * stored[b, j] for j, c in terms[i, b])``, where
     ``stored[b, j]`` is the value that ``b`` computed at the earlier step ``j``. A source ``(a, j)`` reads block ``a``
-    instead, whose values must have the shape of ``b``'s; ``("input", j)`` is the sample that step ``j`` was called with,
-    and there ``j`` may be ``i`` itself. A (step, block) without an entry is plain reuse: the latest computed value with
-    coefficient 1.
+    instead, which the mask must list and whose values must have the shape of ``b``'s; ``("input", j)`` is the sample that
+    step ``j`` was called with, and there ``j`` may be ``i`` itself. A (step, block) without an entry is plain reuse: the
+    latest computed value with coefficient 1.
 
     Where the mask computes ``b`` at step ``i``, an entry is a *blend*: one of its sources must be ``i``, the value that
     ``b`` has just been computed to be, and the sum takes its place (and is what is stored).

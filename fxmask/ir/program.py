@@ -10,6 +10,9 @@ import torch
 from torch import fx
 
 from fxmask.errors import CaptureError
+from fxmask.guards.ambient import Ambient
+from fxmask.guards.state import Snapshot
+from fxmask.ir.assumptions import Assumptions
 from fxmask.ir.block import Block
 from fxmask.ir.calls import BoundCall, Signature
 from fxmask.ir.forecast import INPUT
@@ -41,6 +44,10 @@ class Program:
         verified: whether the graph was compared with the model on real inputs.
         fingerprint: digest of the graph's structure and the block names.
         weights: the parameters and buffers that the graph holds, by graph attribute, as they were at capture.
+        state: the model's Python state at capture: what the graph froze of it.
+        ambient: the modes around the capture: autocast, default dtype and so on.
+        assumptions: conditions on the values of a call that the graph takes for granted.
+        given_roles: the roles that the user gave, also of arguments that the captured call did not have.
         symbolic: captures with symbolic sizes, made when the model is called with another shape; shared by all captures.
     """
 
@@ -59,6 +66,10 @@ class Program:
     fingerprint: str
     weights: Mapping[str, torch.Tensor] = field(repr=False)
     symbolic: list[SymbolicGraph] = field(repr=False, default_factory=list)
+    state: Snapshot | None = field(repr=False, default=None)
+    ambient: Ambient | None = field(repr=False, default=None)
+    assumptions: Assumptions | None = field(repr=False, default=None)
+    given_roles: Mapping[str, str] = field(repr=False, default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -106,6 +117,20 @@ class Program:
             raise CaptureError(
                 f"{type(self.model).__name__} was captured without weights, on fake tensors: its blocks and MACs can be read, "
                 "but it cannot run. Load the weights and capture it again"
+            )
+
+    def require_assumed(self, bound: BoundCall, where: str) -> None:
+        """Refuse a call for which the model would take another way than the graph.
+
+        Raises:
+            CaptureError: names the line of the model's code.
+        """
+        place = self.assumptions and self.assumptions.broken(tuple(bound.tensors.values()))
+        if place:
+            raise CaptureError(
+                f"the model branches on the values of its arguments at {place}, and {where} takes the other way than the "
+                "captured call: one graph cannot hold both. Let the branch choose between values (torch.where), or learn from "
+                "calls that take the same way"
             )
 
     def coverage(self, kinds: Iterable[str] = ("branch", "stage")) -> float:

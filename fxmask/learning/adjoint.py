@@ -22,7 +22,7 @@ import torch
 from fxmask.ir.forecast import INPUT, Slot, slot_of
 from fxmask.learning.fit import damped_step
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, moved_by
-from fxmask.learning.student import Rollout, Student, formed_value, per_image
+from fxmask.learning.student import Rollout, Student, formed_value, per_image, tensors_of
 from fxmask.sampling.sampler import Sampler
 
 NUDGE = 1e-3  # of finite differences through the sampler
@@ -149,7 +149,7 @@ def derivatives(
     """
     for _ in range(1 + 2 * len(directions[0])):  # a backward pass takes twice as long as a forward one
         for step, _lane in student.order:
-            student.count(student.cut(schedule, step).macs)
+            student.count(schedule.loads[step])
     columns = {term: k for k, term in enumerate(terms)}
     return [_Backward(student, schedule, base, n, columns, us).run() for n, us in enumerate(directions)]
 
@@ -172,6 +172,7 @@ class _Backward:
         self.stored = base.stored[number]
         self.outputs = base.outputs[number]
         self.trajectory = student.trajectories[number]
+        self.programs = student.programs[number]
         self.samples = _samples(self.trajectory, self.outputs)
         self.columns = columns
         self.directions = directions
@@ -183,13 +184,12 @@ class _Backward:
 
     def run(self) -> torch.Tensor:
         """The derivatives ``[M, B, columns]``."""
-        program = self.student.program
-        place = program.inputs.index(program.signature.sample)
         for p, (step, lane) in reversed(list(enumerate(self.student.order))):
-            call = {**self.trajectory.calls[step][lane], self.trajectory.sample: self.samples[p]}
-            tensors = list(program.signature.bind((), call).tensors.values())
+            program = self.programs[lane]
+            place = program.inputs.index(program.signature.sample)
+            tensors = tensors_of(program, {**self.trajectory.calls[step][lane], self.trajectory.sample: self.samples[p]})
             tensors[place] = tensors[place].detach().requires_grad_()
-            graph = self.student.cut(self.schedule, step)
+            graph = self.student.cut(program, self.schedule, step)
             cache = self.stored[lane]
             formed = [formed_value(b, i, self.used[step, b], cache).detach().requires_grad_() for b, i in graph.load]
             with torch.enable_grad():

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxmask.ir.interpret import interpret
 from fxmask.ir.program import Program
-from fxmask.learning.student import Student, per_image
+from fxmask.learning.student import Student, per_image, tensors_of
 from fxmask.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -50,22 +50,23 @@ def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
     lanes = len(student.order) / student.num_steps
     student.units += (1 + 2 * PROBES) / lanes  # of each step: one forward pass, and a backward pass of twice that per probe
     first = student.first_trajectory()
-    parts = [_probes_of(student, t, first + n, blocks) for n, t in enumerate(student.trajectories)]
+    parts = [
+        _probes_of(t, lanes[0], first + n, blocks)
+        for n, (t, lanes) in enumerate(zip(student.trajectories, student.programs, strict=True))
+    ]
     probes = torch.cat(student.group.gather(parts), dim=1).double()
     return Probes(probes.pow(2).mean(dim=1), probes[..., 0].sum(dim=2).pow(2).mean(dim=1))
 
 
-def _probes_of(student: Student, trajectory: Sampler, seed: int, blocks: Sequence[str]) -> torch.Tensor:
+def _probes_of(trajectory: Sampler, program: Program, seed: int, blocks: Sequence[str]) -> torch.Tensor:
     """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs."""
-    program = student.program
     values = {value: b for b, name in enumerate(blocks) for value in program.block(name).values}
     window: list[dict[str, torch.Tensor]] = []  # values of the latest steps, this one last
     images = trajectory.batch_size
     rows = []
     generator = torch.Generator().manual_seed(seed)
-    for step in range(student.num_steps):
-        bound = program.signature.bind((), dict(trajectory.calls[step][0]))
-        outputs, found = _forward(program.graph_module, list(bound.tensors.values()), values)
+    for step in range(trajectory.num_steps):
+        outputs, found = _forward(program.graph_module, tensors_of(program, trajectory.calls[step][0]), values)
         window = [*window, {name: value.detach() for name, value in found.items()}][-MAX_AGE - 1 :]
         held = sum(v.numel() * v.element_size() for kept in window for v in kept.values())
         if held > MEMORY:

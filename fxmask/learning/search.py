@@ -29,6 +29,7 @@ from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits, trimmed
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.finalists import best_of_families, refine_finalists, refit_on_held_out
+from fxmask.learning.forms import Forms
 from fxmask.learning.journal import Journal
 from fxmask.learning.levels import BENDS, Level, evenly, levels_of
 from fxmask.learning.local_search import neighbour
@@ -90,8 +91,11 @@ class Search:
     ) -> None:
         _check_together(trajectories)
         group = Group.current()
+        forms = Forms(program, trajectories)
+        for n, trajectory in enumerate(trajectories):
+            forms.of_run(trajectory, n)
         training, held_out, judges = _shares(program, trajectories, group, seed)
-        student, judge = Student(program, training, group), Student(program, held_out, judges)
+        student, judge = Student(program, training, group, forms), Student(program, held_out, judges, forms)
         self.effort = effort
         self.limits = limits
         self.seed = seed

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from fxmask.errors import InputError
-from fxmask.frontend.recapture import recapture
 from fxmask.ir.block import Block
 from fxmask.ir.combine import form
 from fxmask.ir.forecast import INPUT, Cache, Forecast, Slot, Source, slot_of
@@ -29,10 +28,11 @@ from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.costs import StepCosts
 from fxmask.learning.fit import second_moments, solve_ridge
+from fxmask.learning.forms import Forms
 from fxmask.learning.ranks import Group
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse
 from fxmask.passes.cut_graph import CutGraph, cut_graph
-from fxmask.sampling.sampler import Loop, Sampler
+from fxmask.sampling.sampler import Call, Loop, Sampler
 
 
 @dataclass
@@ -56,33 +56,34 @@ class Student:
     """Rolls schedules out on recorded noise.
 
     Args:
-        program: the captured denoiser; captured again if the trajectories have another shape.
-        trajectories: recorded runs of one shape and one sampler. With several ranks, this rank's share.
+        program: the captured denoiser; captured again for every other form of call in the trajectories.
+        trajectories: recorded runs of one sampler. With several ranks, this rank's share.
         group: of ranks that learn together.
+        forms: the programs of all runs of all ranks; those of ``trajectories``, if not given.
 
     Attributes:
+        program: of the first call of all; costs are its costs.
+        programs: per trajectory the program of each lane.
         units: work done so far, in full sampling runs of all the trajectories.
     """
 
-    def __init__(self, program: Program, trajectories: Sequence[Sampler], group: Group | None = None) -> None:
+    def __init__(
+        self, program: Program, trajectories: Sequence[Sampler], group: Group | None = None, forms: Forms | None = None
+    ) -> None:
         self.trajectories = list(trajectories)
         self.group = group or Group.single()
         first = self.trajectories[0]
-        bound = program.signature.bind((), dict(first.calls[0][0]))
-        self.program = program if bound.key == program.example.key else recapture(program, bound)
         if any(t.timesteps != first.timesteps or t.order != first.order for t in self.trajectories):
             raise InputError("the trajectories have different timesteps; record all of them with one scheduler")
-        lanes = {len(step) for step in first.calls}
-        if len(lanes) > 1:
-            raise InputError(
-                f"the steps make different numbers of denoiser calls ({sorted(lanes)}), e.g. because guidance starts or stops "
-                "midway; learn from runs whose guidance lasts from the first to the last step"
-            )
+        forms = forms or Forms(program, self.trajectories)
+        self.program = forms.base
+        self.programs = [forms.of_run(trajectory, n) for n, trajectory in enumerate(self.trajectories)]
         self.num_steps = first.num_steps
         self.order = first.order
         self.units = 0.0
         self._graphs: dict[Any, CutGraph] = {}
-        self._costs = StepCosts(self.program)
+        self._macs = StepCosts(self.program)
+        self._costs = self._macs
 
     # What a schedule costs and means
 
@@ -202,18 +203,18 @@ class Student:
     ) -> list[torch.Tensor]:
         """One call of every trajectory."""
         loads = schedule.loads[step]
-        inputs = [list(self.program.signature.bind((), dict(call)).tensors.values()) for call in calls]
+        programs = [lanes[lane] for lanes in self.programs]
+        inputs = [tensors_of(program, call) for program, call in zip(programs, calls, strict=True)]
         if schedule.samples:
-            place = self.program.inputs.index(self.program.signature.sample)
-            for cache, tensors in zip(caches, inputs, strict=True):
-                cache[Slot(INPUT, 0, step)] = tensors[place]
+            for program, cache, tensors in zip(programs, caches, inputs, strict=True):
+                cache[Slot(INPUT, 0, step)] = tensors[program.inputs.index(program.signature.sample)]
         missing = [name for name in sorted(loads) if (step, name) not in used]
         if missing:
-            used.update(self._fit(schedule, step, missing, inputs, caches))
-        graph = self.cut(schedule, step)
+            used.update(self._fit(schedule, step, missing, programs, inputs, caches))
         results = []
-        self.count(graph.macs)
-        for tensors, cache in zip(inputs, caches, strict=True):
+        self.count(loads)
+        for program, tensors, cache in zip(programs, inputs, caches, strict=True):
+            graph = self.cut(program, schedule, step)
             formed = [formed_value(block, i, used[step, block], cache) for block, i in graph.load]
             produced = graph(tensors, formed)
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
@@ -234,11 +235,11 @@ class Student:
         """Whether a step computes its output and then blends it, if only with nothing."""
         return bool(schedule.blend) and self.output in self._cached(schedule) & self.computed(schedule.loads[step])
 
-    def cut(self, schedule: Schedule, step: int) -> CutGraph:
-        """What a step computes, with the values that later steps may read."""
+    def cut(self, program: Program, schedule: Schedule, step: int) -> CutGraph:
+        """What a step computes in one form of call, with the values that later steps may read."""
         loads = schedule.loads[step]
         stored = self._cached(schedule) & self.computed(loads)
-        return self._graph(loads, tuple(b.name for b in self.program.blocks if b.name in stored))
+        return self._graph(program, loads, tuple(b.name for b in self.program.blocks if b.name in stored))
 
     def _cached(self, schedule: Schedule) -> frozenset[str]:
         """Blocks whose computed values may be read later."""
@@ -249,6 +250,7 @@ class Student:
         schedule: Schedule,
         step: int,
         blocks: Sequence[str],
+        programs: Sequence[Program],
         inputs: Sequence[list[torch.Tensor]],
         caches: Sequence[Cache],
     ) -> dict[tuple[int, str], Terms]:
@@ -262,10 +264,10 @@ class Student:
         blocks = [name for name in blocks if (step, name) not in fitted]
         if not blocks:
             return fitted
-        graph = self._graph(frozenset(), tuple(b.name for b in self.program.blocks if b.name in blocks))
         sums: dict[str, list[torch.Tensor]] = {name: [] for name in blocks}
-        self.count(graph.macs)
-        for tensors, cache in zip(inputs, caches, strict=True):
+        self.count(frozenset())
+        for program, tensors, cache in zip(programs, inputs, caches, strict=True):
+            graph = self._graph(program, frozenset(), tuple(b.name for b in self.program.blocks if b.name in blocks))
             produced = graph(tensors, [])
             moments: dict[str, torch.Tensor] = {}
             for (block, i), value in zip(graph.store, produced[graph.num_outputs :], strict=True):
@@ -287,14 +289,15 @@ class Student:
                     for slot in [slot for slot in cache if slot.block == block and slot.step in old]:
                         del cache[slot]
 
-    def _graph(self, loads: frozenset[str], live_out: tuple[str, ...]) -> CutGraph:
-        if (loads, live_out) not in self._graphs:
-            self._graphs[loads, live_out] = cut_graph(self.program, loads, live_out)
-        return self._graphs[loads, live_out]
+    def _graph(self, program: Program, loads: frozenset[str], live_out: tuple[str, ...]) -> CutGraph:
+        key = program, loads, live_out
+        if key not in self._graphs:
+            self._graphs[key] = cut_graph(program, loads, live_out)
+        return self._graphs[key]
 
-    def count(self, macs: int) -> None:
+    def count(self, loads: frozenset[str]) -> None:
         """Count the work of one call of every trajectory; alike on every rank, whatever its share."""
-        self.units += macs / max(1, self.program.macs * len(self.order))
+        self.units += self._macs.cost(loads) / len(self.order)
 
     def first_trajectory(self) -> int:
         """Number of this rank's first trajectory among those of all ranks: random numbers must not depend on the ranks."""
@@ -346,6 +349,11 @@ class Student:
         errors = self.errors(rollout) * self.scale
         floor = 0.3 * float(errors.median())
         return [(r.pow(2).mean(dim=1) + floor + 1e-30).rsqrt() for r in self.residuals(rollout)]
+
+
+def tensors_of(program: Program, call: Call) -> list[torch.Tensor]:
+    """What a program's graph is given for a call."""
+    return list(program.signature.bind((), dict(call)).tensors.values())
 
 
 def formed_value(block: str, i: int, terms: Terms, cache: Cache) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fxmask.ir.plan import Plan
 from fxmask.passes.form_values import forecast_coefficients
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.graph_store import GraphStore
-from fxmask.runtime.prologues import PrecomputedRow
+from fxmask.runtime.prologues import PrecomputedRow, PrologueRunner
 
 
 class Executor:
@@ -37,7 +37,12 @@ class Executor:
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
         """What can be computed before the first step of a run, for ``run_step``."""
-        return self.graphs.prologue_runner(self.plan).begin(tensors)
+        return self.prologues.begin(tensors)
+
+    @property
+    def prologues(self) -> PrologueRunner:
+        """What runs outside the steps."""
+        return self.graphs.prologue_runner(self.plan)
 
     def run_full(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs of the unmasked program; no cache is read or written."""
@@ -63,8 +68,7 @@ class Executor:
         graph, run = self.graphs.get(self.plan, step)
         arguments = [restride(tensors[k], self._layouts[k]) for k in graph.inputs]
         if graph.precomputed:
-            runner = self.graphs.prologue_runner(self.plan)
-            row = runner.complete(rows[step], tensors) if rows else runner.at(tensors)
+            row = self.prologues.complete(rows[step], tensors) if rows else self.prologues.at(tensors)
             arguments.extend(row[name] for name in graph.precomputed)
         if graph.coefficients:
             arguments.extend(self._forecast_coefficients(step, graph))

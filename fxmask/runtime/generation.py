@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,9 @@ from fxmask._torch import version_of
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.forecast import Cache
 from fxmask.runtime.clock import Clock
+from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
 from fxmask.runtime.prologues import PrecomputedRow
 from fxmask.runtime.variants import Variant, Variants
-
-# Largest relative difference between a recorded timestep and the same one in the precision that it arrives in.
-TIMESTEP_ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
 
 # Without a marked generation, a lane that was not called for this many calls is taken for abandoned.
 IDLE_CALLS = 64
@@ -36,8 +32,10 @@ class Lane:
     position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
     cache: Cache = field(default_factory=dict)
     rows: list[PrecomputedRow] = field(default_factory=list)  # what was computed when its run began
+    weights: list[int] | None = None  # that the rows were computed with
     seen: int = 0  # when it was last called, in calls of its generation
     latest: int | None = None  # the step of the latest call that the plan knows
+    stats: Run | None = None  # of the run that it is in
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
 
     def forget(self) -> None:
@@ -82,36 +80,108 @@ class Generation:
     def run(self, variant: Variant, bound: BoundCall) -> list[torch.Tensor] | None:
         """Run one call of the denoiser and move its lane forward; ``None`` if the original must run."""
         tensors = list(bound.tensors.values())
-        lane, step = self._locate(self._siblings(variant, bound), bound)
-        if step is None or step != lane.position:  # not a run in progress: its weights may have been replaced
+        lane, step, value = self._locate(self._siblings(variant, bound), bound)
+        running = step is not None and step == lane.position
+        if not running:  # not a run in progress: all of the model's state is looked at
             current = self._variants.of(bound)
             if current is not variant:
+                lane.forget()
                 return None if current is None else self.run(current, bound)
-        self._count += 1
-        lane.seen = self._count
-        self.calls += 1
-        if step is None:
+        branch = variant.broken_assumption(tensors, running)
+        if branch is not None:
+            self._variants.warn(
+                branch,
+                f"the model branches on the values of its arguments ({branch}), and for these the other way than when it was "
+                "captured: the original model runs, unaccelerated, wherever that is so",
+            )
+            self._variants.history.unplanned(variant.program.macs, original=True)
             lane.forget()
-            return variant.executor(0).run_full(tensors)
-        if step != lane.position:
-            lane.start, lane.cache = step, {}
-            lane.rows = variant.executor(step).begin(tensors)
-        else:
+            return None
+        self._count += 1
+        self.calls += 1
+        again, lane.seen = lane.seen > 0, self._count
+        if step is None:
+            self._missed(lane, again, value)
+            lane.forget()
+            self._variants.history.unplanned(variant.program.macs)
+            with variant.graph_mode():
+                return variant.executor(0).run_full(tensors)
+        if running:
             self.matched += 1
+            self._variants.followed()
+        else:
+            if step != lane.variant.executor(0).plan.start:
+                self._missed(lane, again, value)
+            lane.start, lane.cache = step, {}
+            lane.weights = None
+            lane.stats = self._variants.history.begin()
         # If the step raises, the position is not known to have been reached: the next call must not go on from it.
         lane.position = None
-        outputs = variant.executor(lane.start).run_step(step, tensors, lane.cache, lane.rows)
+        with variant.graph_mode():
+            outputs = self._step(lane, step, tensors, value)
         lane.position = step + 1
+        assert lane.stats is not None
+        plan = variant.executor(lane.start).plan
+        lane.stats.add(plan.steps[step].macs, plan.full_macs, followed=running)
         return outputs
 
-    def variant_in_use(self, bound: BoundCall) -> Variant | None:
-        """The variant that a run in progress uses for this form of call, if its weights are still where they were.
+    def _missed(self, lane: Lane, again: bool, value: float | None) -> None:
+        """A call did not go on from the one before it; after a few of them, say why."""
+        others = [other for other in self._lanes if other is not lane and other.seen]
+        if not again and not others:
+            return  # the first call of all
+        mask = self._variants.plan.mask
+        if bool(mask.compute.all()):
+            return  # nothing is lost
+        if not again:
+            changed = self._changed_conditioning(lane, others[-1])
+            if not changed:
+                return
+            cause, reason = str(changed), changed_conditioning(changed)
+        elif lane.doubtful:
+            cause, reason = "doubtful", DOUBTFUL
+        elif value is None:
+            cause, reason = "mixed", MIXED
+        else:
+            cause, reason = "timesteps", other_timesteps(mask.timesteps, value)
+        history = self._variants.history
+        found = history.miss(cause, reason)
+        if found is not None:
+            reason = history.reasons[found]
+            self._variants.warn(found, f"the last denoiser calls did not follow the plan, so nothing was accelerated: {reason}")
 
-        Whether weights were replaced is looked up when a run starts, not at every step: that takes a walk over them.
+    def _changed_conditioning(self, lane: Lane, other: Lane) -> list[str]:
+        """Names of conditioning inputs that differ between two lanes of one variant."""
+        if other.variant is not lane.variant or len(other.conditioning) != len(lane.conditioning):
+            return []
+        roles = lane.variant.program.roles
+        names = [name for name in lane.variant.program.inputs if roles[name] == "conditioning"]
+        pairs = zip(names, lane.conditioning, other.conditioning, strict=True)
+        return [name for name, a, b in pairs if a is not b and not (a.shape == b.shape and torch.equal(a, b))]
+
+    def _step(self, lane: Lane, step: int, tensors: list[torch.Tensor], timestep: float | None) -> list[torch.Tensor]:
+        """Run one step of a lane's plan, with what was computed when its run began, as long as that holds."""
+        executor = lane.variant.executor(lane.start)
+        weights = executor.prologues.weights_now()
+        if weights != lane.weights:  # a new run, or weights that were written to in the middle of one
+            lane.rows, lane.weights = executor.begin(tensors), weights
+        exact = timestep is None or executor.prologues.is_exact(step, timestep)
+        return executor.run_step(step, tensors, lane.cache, lane.rows if exact else ())
+
+    def interrupt(self) -> None:
+        """A call was answered by the original, of which lane nobody knows: none can go on from its caches."""
+        for lane in self._lanes:
+            lane.forget()
+
+    def variant_in_use(self, bound: BoundCall) -> Variant | None:
+        """The variant that a run in progress uses for this form of call, if it is still what the model is.
+
+        All of the model's state is looked at when a run starts; in each step as much as costs nothing.
         """
+        ambient = self._variants.ambient(bound)
         for lane in self._lanes:
             running = lane.position is not None and 0 < lane.position < lane.variant.mask.num_steps
-            if running and lane.variant.key == bound.key and lane.variant.in_place():
+            if running and lane.variant.fits(bound, ambient) and lane.variant.unchanged_in_step():
                 return lane.variant
         return None
 
@@ -125,30 +195,27 @@ class Generation:
             if same:
                 return same
         self._forget_idle_lanes()
-        lane = Lane(given, tuple(version_of(x) for x in given), variant)
+        lane = Lane(tuple(map(_held, given)), tuple(map(version_of, given)), variant)
         self._lanes.append(lane)
         return [lane]
 
-    def _locate(self, siblings: list[Lane], bound: BoundCall) -> tuple[Lane, int | None]:
-        """The lane and the step of the plan that a call is; the step is ``None`` if it must run in full."""
+    def _locate(self, siblings: list[Lane], bound: BoundCall) -> tuple[Lane, int | None, float | None]:
+        """The lane, the step of the plan that a call is, and its timestep; the step is ``None`` if it must run in full."""
         waiting = sorted(siblings, key=lambda x: x.seen)
         lane = waiting[0]
-        mask = lane.variant.mask
         name = lane.variant.program.signature.timestep
         if name is None:  # nothing but the count tells steps apart
-            return lane, self._counted(lane)
-        timestep = bound.timestep
-        rounding = TIMESTEP_ROUNDING.get(timestep.dtype, 1e-6) if isinstance(timestep, torch.Tensor) else 1e-6
-        value = None if timestep is None else self._read_timestep(lane, timestep, rounding)
-        matches = [] if value is None else [i for i, t in enumerate(mask.timesteps) if _close(t, value, rounding)]
-        if not matches:
-            return lane, None
-        lane = self._choose(waiting, matches)
-        step = lane.position if lane.position in matches else matches[0]
-        assert step is not None
+            return lane, self._counted(lane), None
+        timestep, timetable = bound.timestep, lane.variant.timetable
+        types = _types_of(bound, lane.variant)
+        value = None if timestep is None else self._read_timestep(lane, timestep, timetable.tolerance(types))
+        lane = self._choose(waiting, lambda x: None if value is None else timetable.step_of(value, types, x.position))
+        step = None if value is None else timetable.step_of(value, types, lane.position)
+        if step is None:
+            return lane, None, value
         lane.doubtful = self._is_doubtful(lane, step)
         lane.latest = step
-        return lane, None if lane.doubtful else step
+        return lane, None if lane.doubtful else step, value
 
     def _forget_idle_lanes(self) -> None:
         """A marked generation ends when its owner says so."""
@@ -158,12 +225,15 @@ class Generation:
         position = lane.position if lane.position is not None else (0 if not lane.cache else None)
         return position if position is not None and position < lane.variant.mask.num_steps else None
 
-    def _choose(self, waiting: Sequence[Lane], matches: Sequence[int]) -> Lane:
+    def _choose(self, waiting: Sequence[Lane], step_of: Callable[[Lane], int | None]) -> Lane:
         """Of lanes with the same conditioning the one whose turn it is; a new one if all have just had theirs."""
-        for lane in waiting:
-            if lane.position in matches:
+        steps = [step_of(lane) for lane in waiting]
+        for lane, step in zip(waiting, steps, strict=True):
+            if step is not None and lane.position == step:
                 return lane
-        if all(lane.latest in matches and lane.position is not None for lane in waiting):
+        if all(
+            s is not None and lane.latest == s and lane.position is not None for lane, s in zip(waiting, steps, strict=True)
+        ):
             first = waiting[0]
             self._lanes.append(Lane(first.conditioning, first.versions, first.variant))
             return self._lanes[-1]
@@ -194,11 +264,11 @@ class Generation:
         """Warn if a run that should have been accelerated was not."""
         mask = self._variants.plan.mask
         if self.calls > 1 and not self.matched and not bool(mask.compute.all()):
-            warnings.warn(
-                f"none of {self.calls} denoiser calls followed the plan, so nothing was accelerated: it is made for "
-                f"{mask.num_steps} steps at timesteps {_abbreviate(mask.timesteps)}. Use the same scheduler and "
-                "num_inference_steps as in accelerate(), and mark each run with `with accelerated.generation():`",
-                stacklevel=3,
+            history = self._variants.history
+            cause = history.cause or "unknown"
+            reason = history.reasons.get(cause) or other_timesteps(mask.timesteps, None)
+            self._variants.warn(
+                cause, f"none of {self.calls} denoiser calls followed the plan, so nothing was accelerated: {reason}"
             )
 
 
@@ -220,7 +290,7 @@ class InferredGeneration(Generation):
         """None: where a run begins cannot be counted."""
         return None
 
-    def _choose(self, waiting: Sequence[Lane], matches: Sequence[int]) -> Lane:
+    def _choose(self, waiting: Sequence[Lane], step_of: Callable[[Lane], int | None]) -> Lane:
         """The lane that was not called for longest."""
         return waiting[0]
 
@@ -233,6 +303,11 @@ class InferredGeneration(Generation):
         if lane.latest is None or step == lane.position:
             return False
         return step == lane.latest or (lane.doubtful and step > lane.latest)
+
+
+def _held(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; of one whose changes nobody counts (made in inference mode) a copy, to compare with."""
+    return x.clone() if version_of(x) == -1 else x
 
 
 def _identical(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
@@ -249,10 +324,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
     return version_of(b) == version and torch.equal(a, b)
 
 
-def _close(a: float, b: float, rounding: float) -> bool:
-    return abs(a - b) <= rounding * max(abs(a), 1e-3)
-
-
-def _abbreviate(values: tuple[float, ...]) -> str:
-    shown = [f"{v:g}" for v in values]
-    return "[" + ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]]) + "]"
+def _types_of(bound: BoundCall, variant: Variant) -> list[torch.dtype]:
+    """Types that a timestep may have been rounded to: its own, and the sample's."""
+    sample = bound.tensors[variant.program.signature.sample].dtype
+    return [bound.timestep.dtype, sample] if isinstance(bound.timestep, torch.Tensor) else [torch.float64, sample]

@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxmask._torch import share_state
+from fxmask._torch import MODULE_INTERNALS, share_state
 from fxmask.backends.package import Package, Packages
 from fxmask.backends.protocol import Compiler
 from fxmask.errors import MaskError
 from fxmask.frontend.capture import capture
+from fxmask.guards.ambient import needs_gradients
 from fxmask.ir.block import Block
 from fxmask.ir.calls import RETURN_DICT
 from fxmask.ir.mask import Mask
@@ -38,6 +39,9 @@ from fxmask.runtime.report import Report
 from fxmask.runtime.variants import Variants
 from fxmask.storage.packages import write_package
 from fxmask.storage.plans import save_mask
+
+# Of the accelerated model itself, rather than of the original. Libraries that move weights wrap ``forward``.
+OWN_STATE = MODULE_INTERNALS | {"training", "_fxmask", "forward", "_old_forward", "_hf_hook", "_compiled_call_impl"}
 
 
 @dataclass
@@ -186,14 +190,23 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         if private.model.training:
             return private.model(*args, **kwargs)
+        bound = self.program.signature.bind(args, kwargs)
+        if needs_gradients(bound.tensors):
+            private.variants.warn(
+                "gradients",
+                "a gradient is taken through the denoiser, and a graph records none, so the original model runs, "
+                "unaccelerated. Call it under torch.no_grad() where the gradient is not used",
+            )
+            private.variants.history.unplanned(self.program.macs, original=True)
+            return private.model(*args, **kwargs)
         with torch.no_grad():
-            bound = self.program.signature.bind(args, kwargs)
             generation = self._generation()
             variant = generation.variant_in_use(bound) or private.variants.of(bound)
+            outputs = None if variant is None else generation.run(variant, bound)
             if variant is None:
-                return private.model(*args, **kwargs)
-            outputs = generation.run(variant, bound)
-            if outputs is None:
+                generation.interrupt()
+                private.variants.history.unplanned(self.program.macs, original=True)
+            if variant is None or outputs is None:
                 return private.model(*args, **kwargs)
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
 
@@ -217,8 +230,8 @@ class AcceleratedModel(torch.nn.Module):
         return self
 
     def report(self) -> Report:
-        """What the plan saves, as a table when printed; ``.to_dict()`` for programs."""
-        return Report.of(self.program, self.plan)
+        """What the plan saves, and what the latest runs did, as a table when printed; ``.to_dict()`` for programs."""
+        return Report.of(self.program, self.plan, self._fxmask.variants.history.runs)
 
     # Saving
 
@@ -248,6 +261,9 @@ class AcceleratedModel(torch.nn.Module):
                 program holds something that cannot be stored.
             BackendError: there is no C++ compiler, or a step graph cannot be compiled ahead of time.
         """
+        if self.program.assumptions is not None:
+            place = self.program.assumptions.conditions[0].place
+            raise MaskError(f"the model branches on the values of its arguments ({place}), and a package cannot ask for these")
         known = self._packages()
         closed = self._fxmask.variants.loaded and bool(known)
         compiler = compile_packages(self.program, self.plan, known, closed=closed, progress=progress)
@@ -277,6 +293,19 @@ class AcceleratedModel(torch.nn.Module):
             if "_fxmask" not in self.__dict__:
                 raise
             return getattr(self._fxmask.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the original, too: what a pipeline sets on its denoiser must reach the code that reads it."""
+        if "_fxmask" in self.__dict__ and name not in OWN_STATE:
+            setattr(self._fxmask.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if "_fxmask" in self.__dict__ and name not in OWN_STATE:
+            delattr(self._fxmask.model, name)
+        else:
+            super().__delattr__(name)
 
     def __dir__(self) -> list[str]:
         """The original's names and ours."""
@@ -316,7 +345,8 @@ class AcceleratedModel(torch.nn.Module):
 
 def _given_roles(program: Program) -> dict[str, str]:
     """Roles that a later capture must be told."""
-    return {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
+    found = {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
+    return {**found, **program.given_roles}
 
 
 def _restore(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import version_of
 from fxmask.backends.protocol import PrologueCompiler
+from fxmask.ir.graph import attribute
 from fxmask.ir.program import Program
 from fxmask.passes.batch_steps import batch_steps
 from fxmask.passes.precompute import Prologue, Prologues, make_prologues
@@ -41,6 +44,7 @@ class PrologueRunner:
         self._wanted = batched
         self._batched: Callable[..., list[torch.Tensor]] | None = None
         self._steps: torch.Tensor | None = None
+        self._values: list[float] | None = None  # the timesteps that the table is for, in the type that the program takes
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
         """The precomputed values that can be had before the first step: one row per step, or none if there are none.
@@ -60,6 +64,21 @@ class PrologueRunner:
             return self.begin(tensors)
         return [{**once, **dict(zip(prologues.table.values, row, strict=True))} for row in zip(*columns, strict=True)]
 
+    @functools.cached_property
+    def weights(self) -> list[torch.Tensor]:
+        """What precomputed values are made of, besides the program's inputs."""
+        modules = [part.graph_module for part in (self.prologues.once, self.prologues.table) if part is not None]
+        found = [attribute(module, node) for module in modules for node in module.graph.find_nodes(op="get_attr")]
+        return list({id(x): x for x in found if isinstance(x, torch.Tensor)}.values())
+
+    def weights_now(self) -> list[int]:
+        """Changes whenever weights that precomputed values are made of are written to or put elsewhere."""
+        return [*map(version_of, self.weights), *map(torch.Tensor.data_ptr, self.weights)]
+
+    def is_exact(self, step: int, timestep: float) -> bool:
+        """Whether the table's row of a step was computed at this very timestep, not at one that counts as the same."""
+        return self._values is None or self._values[step] == timestep
+
     def complete(self, row: PrecomputedRow, tensors: Sequence[torch.Tensor]) -> PrecomputedRow:
         """The row with what was not had before this step."""
         table = self.prologues.table
@@ -77,7 +96,9 @@ class PrologueRunner:
         position = self.program.inputs.index(name)
         if self._steps is None:
             like = tensors[position]
-            steps = torch.tensor(self._timesteps, dtype=torch.float64).to(like.dtype).to(like.device)
+            steps = torch.tensor(self._timesteps, dtype=torch.float64).to(like.dtype)
+            self._values = [float(value) for value in steps.tolist()]
+            steps = steps.to(like.device)
             self._steps = steps.reshape(-1, *(1,) * like.dim()).expand(-1, *like.shape).contiguous()
         if self._batched is None:
             compiler = self._compiler.compile_batched if self._compiler else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.ir.text import as_html
+from fxmask.runtime.history import Run
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Report:
         kept_per_step: share of the full MACs that each step computes.
         kept_per_block: for each block of the mask, how many steps compute it.
         batch_size: of the captured call.
+        runs: the latest runs, the last one last: calls, how many followed the plan, MACs really spent.
     """
 
     model: str
@@ -37,10 +40,11 @@ class Report:
     kept_per_step: tuple[float, ...]
     kept_per_block: dict[str, int]
     batch_size: int
+    runs: tuple[Run, ...] = ()
 
     @classmethod
-    def of(cls, program: Program, plan: Plan) -> Report:
-        """Report of a plan for a program."""
+    def of(cls, program: Program, plan: Plan, runs: Iterable[Run] = ()) -> Report:
+        """Report of a plan for a program, and of the latest runs."""
         mask = plan.mask
         counts = {name: int(mask.compute[plan.start :, b].sum()) for b, name in enumerate(mask.blocks)}
         return cls(
@@ -54,11 +58,13 @@ class Report:
             kept_per_step=plan.kept_per_step,
             kept_per_block=counts,
             batch_size=program.batch_size,
+            runs=tuple(replace(run) for run in runs),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {**data, "runs": [asdict(run) for run in self.runs]}
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.kept_per_block] + [18])
@@ -72,6 +78,7 @@ class Report:
             f"{'block':<{width}}  computed at",
         ]
         lines += [f"{name:<{width}}  {count}/{self.num_steps} steps" for name, count in self.kept_per_block.items()]
+        lines += [f"{'latest run' if run is self.runs[-1] else 'earlier run':<{width}}  {run}" for run in self.runs]
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -1,10 +1,18 @@
-"""Variants: the program captured for each form of call."""
+"""Variants: the program captured for each form of call, each state of the model and each mode around it.
+
+    call --> form (shapes, types, static arguments), modes (autocast, ...), state (attributes, hooks, weights) --> Variant
+
+A variant is used only while all three are what it was captured for. What is new is captured then, with the blocks and the
+mask of the first capture; where that cannot be or never ends, the original model runs, and a warning names what changed.
+"""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import logging
 import threading
-import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +21,8 @@ import torch
 from fxmask.backends.protocol import Compiler
 from fxmask.errors import CaptureError
 from fxmask.frontend.recapture import recapture
+from fxmask.guards.ambient import Ambient
+from fxmask.guards.state import Change, Snapshot
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
@@ -20,10 +30,17 @@ from fxmask.ir.program import Program
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
+from fxmask.runtime.history import History
+from fxmask.runtime.timesteps import Timetable
+from fxmask.runtime.warn import Warner
+
+logger = logging.getLogger(__name__)
+MOST_VARIANTS = 16  # that are kept, the ones used last
+MOST_VALUES = 6  # of one attribute or argument that the model is captured for; a value that never settles is not followed
 
 
 class Variant:
-    """The program captured for one form of call (shapes, types, static arguments), and its executors by start step."""
+    """The program captured for one form of call, state and mode, and its executors by start step."""
 
     def __init__(
         self,
@@ -37,16 +54,37 @@ class Variant:
         self.program = program
         self.mask = mask
         self.key = program.example.key
-        self._anchor = next(iter(program.weights.values()), None)
-        self._place = self._anchor.device if self._anchor is not None else None
+        self.ambient = program.ambient
+        self.state = program.state
+        self.timetable = Timetable(mask.timesteps)
         self.graphs = GraphStore(program, backend, mode, compiler)
+        changing = {k for k, name in enumerate(program.inputs) if program.roles[name] != "conditioning"}
+        self._assumptions = program.assumptions
+        self._step_assumptions = program.assumptions and program.assumptions.of_inputs(changing)
         self._executors: dict[int, Executor] = {}
         if plan is not None:
             self._executors[plan.start] = Executor(plan, self.graphs)
 
-    def in_place(self) -> bool:
-        """Whether the first weight is still on the device that it was captured on."""
-        return self._anchor is None or self._anchor.device == self._place
+    def fits(self, bound: BoundCall, ambient: Ambient) -> bool:
+        """Whether it was captured for such a call under such modes."""
+        return self.key == bound.key and self.ambient in (None, ambient)
+
+    def unchanged(self) -> bool:
+        """Whether the model's state is, to the last object, what it was."""
+        return self.state is None or self.state.held.same()
+
+    def unchanged_in_step(self) -> bool:
+        """The same of what is likeliest to change in the middle of a run; takes microseconds."""
+        return self.state is None or self.state.held.same_in_step()
+
+    def broken_assumption(self, tensors: Sequence[torch.Tensor], running: bool) -> str | None:
+        """Where the model would take another way than its graph; ``running``: a run's conditioning was looked at before."""
+        asked = self._step_assumptions if running else self._assumptions
+        return None if asked is None else asked.broken(tensors)
+
+    def graph_mode(self) -> contextlib.AbstractContextManager[Any]:
+        """How its graphs run: what autocast casts is cast in them."""
+        return contextlib.nullcontext() if self.ambient is None else self.ambient.graph_mode()
 
     def executor(self, start: int) -> Executor:
         """Runs the mask from step ``start`` on."""
@@ -56,7 +94,7 @@ class Variant:
 
 
 class Variants:
-    """The programs of one accelerated model, captured when a form of call is first seen.
+    """The programs of one accelerated model, captured when they are first needed.
 
     Args:
         program: the first capture.
@@ -73,28 +111,32 @@ class Variants:
         self.backend = backend
         self.mode = mode
         self.loaded = compiler is not None
+        self.warn = Warner()
+        self.history = History()
         self._model = program.model
-        first = Variant(program, plan.source, backend, mode, plan, compiler)
-        self._known: dict[tuple[Any, ...], Variant] = {program.example.key: first}
-        self._weights = weight_identities(program.model)
-        self._refused: set[tuple[Any, ...]] = set()
-        self._warned: set[Any] = set()
+        self._known = [Variant(program, plan.source, backend, mode, plan, compiler)]
+        self._refused: dict[Any, tuple[Snapshot, str]] = {}
+        self._values: Counter[str] = Counter()
         self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def values(self) -> tuple[Variant, ...]:
+        """All that are kept, the one used last first."""
+        return tuple(self._known)
 
     @property
     def elsewhere(self) -> tuple[str, str | None]:
         """Backend and mode for other forms of call than the one that a package was made for."""
         return ("inductor", None) if self.loaded else (self.backend, self.mode)
 
-    @property
-    def known(self) -> tuple[Variant, ...]:
-        """One for each form of call that was seen."""
-        return tuple(self._known.values())
+    known = property(values)
 
     @property
     def first(self) -> Variant | None:
-        """That of the program's own form of call; ``None`` after weights were replaced, until such a call comes again."""
-        return self._known.get(self.program.example.key)
+        """One of the program's own form of call; ``None`` after weights were replaced, until such a call comes again."""
+        return next((v for v in self._known if v.key == self.program.example.key), None)
 
     def executor(self) -> Executor:
         """Runs the plan at the captured form of call."""
@@ -105,59 +147,142 @@ class Variants:
             raise CaptureError("the model cannot be captured any more as it is now; accelerate it again")
         return variant.executor(self.plan.start)
 
+    def followed(self) -> None:
+        """A call followed the plan: what kept others from it is news again."""
+        for cause in self.history.reasons:
+            self.warn.forget(cause)
+        self.history.hit()
+
+    def ambient(self, bound: BoundCall) -> Ambient:
+        """The modes around a call."""
+        return Ambient.now(bound.tensors[self.program.signature.sample].device.type)
+
     def of(self, bound: BoundCall) -> Variant | None:
-        """The variant for a form of call, captured now if it is new; ``None`` if it cannot be."""
-        key = bound.key
-        weights = weight_identities(self._model)
-        sample = bound.tensors[self.program.signature.sample]
-        if any(device != sample.device for _, _, device, _ in weights):
+        """The variant for a call, captured now if it is new; ``None`` if the original model must run."""
+        ambient = self.ambient(bound)
+        for variant in self._known:
+            if variant.fits(bound, ambient) and variant.unchanged():
+                return variant
+        if self._are_weights_elsewhere(bound):
             # Offloading moves weights in hooks of the original's forward, which a graph does not call.
-            self._warn_once("offloaded", "the weights are not where the sample is, so the original model runs, unaccelerated")
+            self.warn(
+                "offloaded",
+                f"the weights of {type(self._model).__name__} are not on {self._place(bound)}, where the sample is, so the "
+                "original model runs, unaccelerated; move the model there with .to(), or switch offloading off for it",
+            )
             return None
-        if weights == self._weights and key in self._known:
-            return self._known[key]
         with self._lock:
-            if weights != self._weights:  # .half(), .to(), or modules replaced (LoRA): graphs hold the old ones
-                self._known.clear()
-                self._refused.clear()
-                self._weights = weights
-            if key in self._refused:
-                return None
-            if key not in self._known:
-                if self.loaded:
-                    self._warn_once(
-                        "package",
-                        f"{describe_difference(self.program.example, bound)}, so the model is captured and "
-                        "compiled now; export a package from such a call",
-                    )
-                try:
-                    program = recapture(self.program, detached_call(bound))
-                except CaptureError as error:
-                    self._refused.add(key)
-                    self._warn_once(key, f"this form of call runs unaccelerated, with the original model: {error}")
-                    return None
-                self._known[key] = Variant(program, self.plan.source, *self.elsewhere)
-            return self._known[key]
+            return self._find_or_capture(bound, ambient)
 
-    def _warn_once(self, topic: Any, message: str) -> None:
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message, stacklevel=5)
+    def _find_or_capture(self, bound: BoundCall, ambient: Ambient) -> Variant | None:
+        now = Snapshot.of(self._model)
+        fitting = [v for v in self._known if v.fits(bound, ambient)]
+        changes: list[Change] = []
+        for variant in fitting:
+            assert variant.state is not None
+            found = variant.state.changes(now)
+            if not found:  # other objects, but equal ones
+                variant.state = now
+                self._use(variant)
+                return variant
+            changes = changes or found
+        self._forget_replaced_weights(now)
+        refused = self._refused.get((bound.key, ambient))
+        if refused is not None and not refused[0].changes(now):
+            return None
+        if not fitting:
+            base = self.program.state
+            changes = [] if base is None else base.changes(now)
+        reason = self._reason_not_to_capture(bound, ambient, fitting, changes)
+        if reason is None:
+            try:
+                return self._capture(bound, ambient, changes, bool(fitting))
+            except CaptureError as error:
+                reason = (
+                    f"{_and(self._what_is_new(bound, ambient, changes))}, and the model cannot be captured like this: {error}"
+                )
+        self._refused[bound.key, ambient] = (now, reason)
+        self.warn(reason, f"{reason}. The original model runs, unaccelerated")
+        return None
+
+    def _capture(self, bound: BoundCall, ambient: Ambient, changes: list[Change], known_form: bool) -> Variant:
+        news = self._what_is_new(bound, ambient, changes)
+        logger.info("%s is captured again: %s", type(self._model).__name__, _and(news))
+        if self.loaded:
+            self.warn("package", f"{_and(news)}, so the model is captured and compiled now; export a package from such a call")
+        program = recapture(self.program, detached_call(bound))
+        if known_form:
+            self._values.update({change.path for change in changes})
+        else:
+            self._values.update(self._new_arguments(bound))
+        variant = Variant(program, self.plan.source, *self.elsewhere)
+        self._use(variant)
+        return variant
+
+    def _use(self, variant: Variant) -> None:
+        """Put a variant in front; forget the one that was used least recently if there are too many."""
+        self._known = [variant, *(v for v in self._known if v is not variant)][:MOST_VARIANTS]
+
+    def _reason_not_to_capture(
+        self, bound: BoundCall, ambient: Ambient, fitting: list[Variant], changes: list[Change]
+    ) -> str | None:
+        hooks = [change for change in changes if change.is_hook and change.before == "not there"]
+        if hooks:
+            return (
+                f"a hook was added after capture ({hooks[0].path}), and a graph does not call hooks; remove it, or accelerate "
+                "the model again with it"
+            )
+        if fitting:
+            restless = [change for change in changes if self._values[change.path] >= MOST_VALUES]
+            if restless:
+                return (
+                    f"{restless[0].path} has changed {MOST_VALUES} times ({restless[0]}), and a graph holds one value of it; "
+                    "pass it as a tensor argument, or keep it the same"
+                )
+            return None
+        for name in self._new_arguments(bound):
+            if self._values[name] >= MOST_VALUES:
+                return (
+                    f"argument {name} has had {MOST_VALUES} values, and a graph is captured for each; pass it as a tensor "
+                    "if it changes from call to call"
+                )
+        return None
+
+    def _new_arguments(self, bound: BoundCall) -> set[str]:
+        """Static arguments with a value that no variant of otherwise the same form has."""
+        shapes, static = bound.key
+        alike = [v.key[1] for v in self._known if v.key[0] == shapes and len(v.key[1]) == len(static)]
+        return {name for name, value in static if alike and all((name, value) not in other for other in alike)}
+
+    def _what_is_new(self, bound: BoundCall, ambient: Ambient, changes: list[Change]) -> list[str]:
+        """In what a call differs from the first capture, in words."""
+        before = self.program.ambient
+        modes = before.differences(ambient) if before is not None else []
+        weights = [change for change in changes if change.is_other_tensor]
+        state = [str(change) for change in changes if not change.is_other_tensor]
+        if weights:
+            state.insert(0, f"weights were replaced ({weights[0].path}{', ...' if len(weights) > 1 else ''})")
+        return [*self.program.example.differences(bound), *modes, *state]
+
+    def _forget_replaced_weights(self, now: Snapshot) -> None:
+        """A variant whose weights are gone would keep them alive for nothing."""
+        self._known = [v for v in self._known if v.state is None or not _tensors_differ(v.state, now)]
+
+    def _are_weights_elsewhere(self, bound: BoundCall) -> bool:
+        place = self._place(bound)
+        return any(x.device != place for x in self._model.parameters()) or any(x.device != place for x in self._model.buffers())
+
+    def _place(self, bound: BoundCall) -> torch.device:
+        return bound.tensors[self.program.signature.sample].device
 
 
-def describe_difference(old: BoundCall, new: BoundCall) -> str:
-    """In what a call differs from the one that a package was made for."""
-    forms = [{name: f"{x.dtype}{list(x.shape)} on {x.device}" for name, x in bound.tensors.items()} for bound in (old, new)]
-    name = next((name for name in {**forms[0], **forms[1]} if forms[0].get(name) != forms[1].get(name)), None)
-    if name is None:
-        return "the model's weights were replaced, or a call has other arguments than the package was exported for"
-    return f"the package was exported for {name} {forms[0].get(name)}, it is now {forms[1].get(name)}"
+def _tensors_differ(before: Snapshot, now: Snapshot) -> bool:
+    return any(token[0] == "tensor" and now.tokens.get(path) != token for path, token in before.tokens.items())
 
 
-def weight_identities(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Identity, type, place and layout of every parameter and buffer: what a captured graph relies on."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return tuple((id(x), x.dtype, x.device, x.stride()) for x in tensors)
+def _and(parts: list[str]) -> str:
+    """The first few of some facts."""
+    return "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
 
 
 def detached_call(bound: BoundCall) -> BoundCall:

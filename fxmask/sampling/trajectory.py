@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ class Trajectory(Recording):
     Attributes:
         scheduler: a copy of the scheduler, set up and not yet stepped.
         step_kwargs: arguments passed on to ``scheduler.step``.
+        scheduler_kwargs: arguments that were passed on to ``scheduler.set_timesteps``.
     """
 
     scheduler: Any
     step_kwargs: Mapping[str, Any]
+    scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def loop(self) -> Loop:
         """The sampler as a generator: yields the denoiser's calls, in order, and is sent the prediction of each.
@@ -53,7 +55,8 @@ class Trajectory(Recording):
     @property
     def can_change_steps(self) -> bool:
         """Whether ``with_steps`` works: the scheduler can be set to another number of steps."""
-        return callable(getattr(self.scheduler, "set_timesteps", None))
+        fixed = self.scheduler_kwargs.keys() & {"sigmas", "timesteps"}
+        return callable(getattr(self.scheduler, "set_timesteps", None)) and not fixed
 
     @torch.no_grad()
     def with_steps(self, model: torch.nn.Module, num_inference_steps: int) -> Trajectory:
@@ -62,10 +65,12 @@ class Trajectory(Recording):
         Injected noise, where there is any, is not the same.
         """
         signature = Signature.of(model)
-        scheduler = prepare_scheduler(self.scheduler, num_inference_steps, self.initial_noise.device)
+        scheduler = prepare_scheduler(self.scheduler, num_inference_steps, self.initial_noise.device, self.scheduler_kwargs)
         sigmas = [float(getattr(s, "init_noise_sigma", 1.0)) for s in (self.scheduler, scheduler)]
         noise = self.initial_noise / sigmas[0]
-        return _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, torch.Generator().manual_seed(0))
+        start = torch.Generator().manual_seed(0)
+        sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, start)
+        return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
     @torch.no_grad()
     def renoised(self, model: torch.nn.Module, seed: int) -> Trajectory:
@@ -73,7 +78,8 @@ class Trajectory(Recording):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.initial_noise.shape, generator=generator).to(self.initial_noise)
         scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
-        return _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, generator)
+        sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, generator)
+        return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
 
 @torch.no_grad()
@@ -85,6 +91,7 @@ def record(
     batch_size: int = 8,
     example_inputs: ExampleInputs = None,
     step_kwargs: Mapping[str, Any] | None = None,
+    scheduler_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Trajectory:
     """Sample a batch with the unaccelerated model and keep every call.
@@ -96,20 +103,22 @@ def record(
         batch_size: B; ignored where ``example_inputs`` has the sample.
         example_inputs: conditioning that cannot be inferred, a dict or a function (batch_size, generator) -> dict.
         step_kwargs: passed on to ``scheduler.step``, e.g. ``{"eta": 1.0}``.
+        scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where the image's size shifts timesteps.
         seed: of the initial and the injected noise.
 
     Raises:
-        SchedulerError: the scheduler has no timesteps or no ``step``.
+        SchedulerError: the scheduler has no timesteps or no ``step``, or one of its methods fails.
         InputError: arguments are missing; says which.
     """
     device, dtype = module_device(model), module_dtype(model)
     generator = torch.Generator().manual_seed(seed)
-    scheduler = prepare_scheduler(scheduler, num_inference_steps, device)
+    scheduler = prepare_scheduler(scheduler, num_inference_steps, device, scheduler_kwargs)
     conditioning = resolve_conditioning(example_inputs, batch_size, generator)
     template = example_call(model, timestep_tensor(scheduler.timesteps[0], device), conditioning, batch_size, dtype)
     signature = Signature.of(model)
     noise = torch.randn(template[signature.sample].shape, generator=generator).to(device, dtype)
-    return _sample(model, scheduler, template, signature, noise, dict(step_kwargs or {}), generator)
+    sampled = _sample(model, scheduler, template, signature, noise, dict(step_kwargs or {}), generator)
+    return replace(sampled, scheduler_kwargs=dict(scheduler_kwargs or {}))
 
 
 def _sample(

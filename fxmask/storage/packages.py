@@ -28,6 +28,7 @@ from fxmask.backends.package import Package, Packages
 from fxmask.errors import FxmaskError, InputError, MaskError
 from fxmask.frontend.assemble import fingerprint_of
 from fxmask.frontend.modules import module_device
+from fxmask.frontend.subject import Subject
 from fxmask.frontend.verify import ROUNDING, run_model
 from fxmask.ir.block import Block
 from fxmask.ir.calls import Signature
@@ -170,8 +171,9 @@ def read_package(folder: str | Path, model: torch.nn.Module, progress: bool = Fa
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise MaskError(f"{folder / PACKAGE} is damaged: {error!r}; {FOREIGN}") from error
     with torch.no_grad():
-        outputs, expected = run_model(model, program.example)
-    program = dataclasses.replace(program, outputs=outputs)
+        subject = Subject(model, device.type)
+        outputs, expected = run_model(subject, program.example)
+    program = dataclasses.replace(program, outputs=outputs, state=subject.snapshot, ambient=subject.ambient)
     return LoadedPackage(program, mask, facts, Packages(packages, device, closed=True), expected)
 
 

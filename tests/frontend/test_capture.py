@@ -91,15 +91,6 @@ def test_roles_are_inferred_and_overridden():
     assert dict(program.roles) == {"noisy": "sample", "when": "timestep", "residual": "step", "text": "conditioning"}
 
 
-def test_a_branch_on_the_timestep_is_noticed():
-    class Branches(torch.nn.Module):
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return x * 2 if t.flatten()[0] > 500 else x * 3
-
-    with pytest.raises(CaptureError, match=r"(?s)could not be captured.*non-strict.*strict"):
-        fxmask.capture(Branches().eval(), {"x": torch.randn(2, 4), "t": torch.tensor(900)})
-
-
 def test_a_wrong_export_is_refused(monkeypatch):
     """A rung that exports without an error and computes something else must not be believed."""
     from fxmask.frontend.rungs import LADDER
@@ -118,7 +109,9 @@ def test_a_wrong_export_is_refused(monkeypatch):
         fxmask.capture(model, call)
 
 
-@pytest.mark.parametrize(("effect", "message"), [(0.0, "writes to its buffer"), (1.0, "called twice")])
+@pytest.mark.parametrize(
+    ("effect", "message"), [(0.0, "writes to its buffer"), (1.0, r"keeps state between calls in \['count'\]")]
+)
 def test_a_model_that_writes_to_a_buffer_is_refused(effect, message):
     class Counts(torch.nn.Module):
         def __init__(self) -> None:
@@ -205,6 +198,21 @@ def test_no_grad_and_autocast_regions_are_inlined():
     assert not any("wrap" in str(node.target) for node in program.graph_module.graph.nodes)
 
 
+def test_control_flow_is_refused():
+    """Its branches are graphs of their own, into which blocks, liveness and MACs do not look."""
+
+    class Chooses(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x + torch.cond(t.sum() > 1500, self.early, self.late, (x,))
+
+    with pytest.raises(CaptureError, match=r"non-strict\): CaptureError: the graph holds 'cond' .*control flow"):
+        fxmask.capture(Chooses().eval(), {"x": torch.randn(3, 4), "t": torch.tensor([700, 700, 700])})
+
+
 def test_a_check_of_values_that_always_passes_is_no_obstacle():
     class Checked(torch.nn.Module):
         def __init__(self) -> None:
@@ -221,17 +229,3 @@ def test_a_check_of_values_that_always_passes_is_no_obstacle():
     program = fxmask.capture(model, call)
     assert program.rung == "torch.export (draft)"
     assert torch.equal(program.graph_module(*program.example.tensors.values())[0], model(**call))
-
-
-@pytest.mark.parametrize("threshold", [20, 500, 990])
-def test_a_branch_on_the_timestep_is_noticed_by_the_comparison(threshold):
-    class Branching(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.early, self.late = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-
-        def forward(self, x, t):
-            return x + (self.early(x) if t.max().item() > threshold else self.late(x))
-
-    with pytest.raises(fxmask.CaptureError, match=r"draft\): output 0 differs from the model's by .*(t=|other values)"):
-        fxmask.capture(Branching().eval(), {"x": torch.randn(3, 4), "t": torch.tensor([700, 700, 700])})

@@ -359,6 +359,10 @@ def test_trajectories_must_agree(dit):
     other = fxmask.record(program.model, ddim(), num_inference_steps=6, batch_size=2, example_inputs=labels)
     with pytest.raises(InputError, match="run 1 has 6 steps, run 0 has 8"):
         fxmask.learn(program, [runs[0], other, runs[1]], effort="quick")
+    trailing = ddim(timestep_spacing="trailing")
+    other = fxmask.record(program.model, trailing, num_inference_steps=8, batch_size=2, example_inputs=labels)
+    with pytest.raises(InputError, match="runs 0 and 1 have different timesteps"):
+        fxmask.learn(program, [runs[0], other, runs[1]], effort="quick")
     with pytest.raises(InputError, match="at least one"):
         fxmask.learn(program, [])
 
@@ -379,6 +383,18 @@ def test_metrics():
     assert psnr(a, b)[0] == float("inf")
     assert float(psnr(a, b)[1]) == pytest.approx(20.0, abs=1e-4)
     assert relative_error(a, b) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("metric", [psnr, relative_error])
+def test_metrics_of_a_model_output_ask_for_its_tensor(metric, unet):
+    program, runs = unet
+    with torch.no_grad():
+        output = program.model(**runs[0].calls[0][0])
+    assert metric(output.sample, output.sample) is not None
+    with pytest.raises(InputError, match=r"samples must be a tensor, got UNet2DOutput; .*`\.sample`"):
+        metric(output, output.sample)
+    with pytest.raises(InputError, match=r"reference must be a tensor, got UNet2DOutput; .*`\.sample`"):
+        metric(output.sample, output)
 
 
 def test_a_speedup_in_latency_is_met_in_latency(dit, monkeypatch):

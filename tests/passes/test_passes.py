@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
+import re
 
 import pytest
 import torch
-from conftest import every_other, make_calls
+from conftest import TIMESTEPS, every_other, make_calls
 from torch import fx
 
 import fxmask
-from fxmask.errors import PassError
+from fxmask.errors import MaskError, PassError
 from fxmask.ir.macs import count_attention_macs, count_macs
 from fxmask.passes.dataflow import Dataflow
 from fxmask.passes.insert_soft_mask import insert_soft_mask
@@ -158,6 +159,26 @@ def test_forecast_is_in_the_graph_with_coefficients_as_input(tiny):
     accelerated = fxmask.compile(tiny, plan, backend="eager")
     for call, value in zip(calls, expected, strict=True):
         assert torch.equal(accelerated(**call), value)
+
+
+def test_steps_that_form_a_value_in_other_ways_have_graphs_of_their_own(tiny):
+    """The same nodes are live at the two steps that load, and at the three that compute."""
+    name = tiny.branches[0].name
+    terms = {(3, name): ((0, -0.5), (1, 1.5)), (4, name): ((1, 0.5), (4, 0.5))}
+    plan = fxmask.rectify(tiny, fxmask.Mask([[1], [1], [0], [0], [1]], TIMESTEPS, (name,), terms))
+    assert [step.graph for step in plan.steps] == [0, 0, 1, 2, 3], "computed twice, loaded, forecast, blended"
+
+
+def test_forecast_from_a_block_that_is_not_listed_is_refused(tiny):
+    """Such a block computes at every step, but is no cut value: the mask says nothing of what is stored of it."""
+    first, second = (block.name for block in tiny.branches[:2])
+    mask = fxmask.Mask([[1], [1], [0]], (3, 2, 1), (first,), {(2, first): ((1, 0.5), ((second, 0), 0.5))})
+    message = f"forecast of block '{first}' at step 2 reads step 0 of '{second}', which the mask does not list"
+    with pytest.raises(MaskError, match=re.escape(message)):
+        fxmask.rectify(tiny, mask)
+    strange = fxmask.Mask([[1], [1], [0]], (3, 2, 1), (first,), {(2, first): ((("strange", 0), 0.5),)})
+    with pytest.raises(MaskError, match="reads step 0 of 'strange', which is no block of the program"):
+        fxmask.rectify(tiny, strange)
 
 
 def test_peak_cache_bytes(tiny):

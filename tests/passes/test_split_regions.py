@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 from conftest import TinyTransformer, make_calls
+from torch import fx
 
 import fxmask
 from fxmask.backends import inductor
 from fxmask.backends.inductor import Regions
 from fxmask.backends.straight_line import chain_regions
 from fxmask.passes.merge_regions import Vocabulary
-from fxmask.passes.split_regions import build_regions, joins, segments_of
+from fxmask.passes.split_regions import build_regions, joins, segments_of, structure
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
 
@@ -84,6 +85,39 @@ def test_compilations_grow_neither_with_steps_nor_with_layers():
     assert distinct(4, 60) <= few + 1
     assert distinct(8, 20) <= few + 1
     assert few <= 8
+
+
+def structure_of(value: torch.Tensor) -> str:
+    """Of a graph with one operator, on a tensor like this one."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.ops.aten.gelu.default, (x,))
+    x.meta = y.meta = {"val": value}
+    graph.output((y,))
+    return structure(fx.GraphModule({}, graph))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.empty(3, 4), torch.empty(4, 2).T, torch.empty(2, 4, dtype=torch.float64), torch.empty(2, 4, device="meta")],
+    ids=["shape", "strides", "type", "device"],
+)
+def test_equal_operators_on_other_tensors_are_other_regions(other):
+    """What is compiled for one memory layout is wrong for another."""
+    assert structure_of(torch.zeros(2, 4)) == structure_of(torch.ones(2, 4))
+    assert structure_of(torch.zeros(2, 4)) != structure_of(other)
+
+
+@pytest.mark.parametrize("kind", ["branch", "stage"])
+def test_a_blend_is_one_region_whether_or_not_it_is_stored(kind):
+    """Steps 1 and 2 blend alike. Step 2 reads what step 1 stores, nobody what step 2 would; and it loads the last branch."""
+    program, _, _ = plan_of(2, 3)
+    first = next(block.name for block in program.blocks if block.kind == kind)
+    blends = {(step, first): ((step - 1, 0.5), (step, 0.5)) for step in (1, 2)}
+    mask = fxmask.Mask([[1, 1], [1, 1], [1, 0]], (900, 700, 500), (first, program.branches[-1].name), blends)
+    _, stores, loads = regions_of(program, fxmask.rectify(program, mask), 0)
+    new = {region.key for region in loads} - {region.key for region in stores}
+    assert len(new) == 1, "the region that loads is the only one that differs"
 
 
 def test_budget_buys_larger_regions():

@@ -9,10 +9,10 @@ import torch
 
 from fxmask import reference
 from fxmask.errors import InputError, OutcomeError
-from fxmask.frontend.recapture import recapture
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.effort import Limits
+from fxmask.learning.forms import Forms
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.budget import Budget
 from fxmask.learning.paper.options import PaperOptions
@@ -83,8 +83,8 @@ def _at_shape_of(program: Program, calls: Sampler) -> Program:
     """The program captured for the trajectory's shapes."""
     if len(calls.calls[0]) != 1:
         raise InputError("learning from several calls per step is not possible yet; record one lane")
-    bound = program.signature.bind((), dict(calls.calls[0][0]))
-    return program if bound.key == program.example.key else recapture(program, bound)
+    (form,) = Forms(program, [calls]).of_run(calls)
+    return form
 
 
 def rollout_error(program: Program, mask: Mask, calls: Sampler) -> float:

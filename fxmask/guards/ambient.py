@@ -1,0 +1,79 @@
+"""What is set around a call and changes what a model computes: part of what a graph is captured for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fxmask._torch import default_device, is_transformed
+
+SDPA = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+class Ambient(NamedTuple):
+    """The modes of PyTorch that a captured or compiled graph depends on, for one device.
+
+    Attributes:
+        autocast: the type that autocast computes in, or ``None``.
+        default_dtype: of new tensors.
+        default_device: of new tensors.
+        deterministic: whether only deterministic algorithms are allowed.
+        matmul_precision: of float32 matrix products.
+        tf32: whether cuDNN may use TF32.
+        attention: which implementations of attention are allowed.
+    """
+
+    autocast: torch.dtype | None
+    default_dtype: torch.dtype
+    default_device: torch.device | None
+    deterministic: bool
+    matmul_precision: str
+    tf32: bool
+    attention: tuple[bool, ...]
+
+    @classmethod
+    def now(cls, device: str) -> Ambient:
+        """The modes of this thread, for a device type."""
+        return cls(
+            torch.get_autocast_dtype(device) if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) else None,
+            torch.get_default_dtype(),
+            default_device(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            _cudnn_tf32(),
+            tuple(_sdpa()),
+        )
+
+    def graph_mode(self) -> contextlib.AbstractContextManager[Any]:
+        """How a graph that was captured so runs: autocast is in it, as casts."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for device in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        return stack
+
+    def differences(self, other: Ambient) -> list[str]:
+        """What is different, in words."""
+        pairs = zip(self._fields, self, other, strict=True)
+        return [f"{name.replace('_', ' ')} was {a}, is {b}" for name, a, b in pairs if a != b]
+
+
+def needs_gradients(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether somebody will differentiate through a call: a graph runs without gradients and without transforms."""
+    if is_transformed():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+
+
+def _cudnn_tf32() -> bool:
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def _sdpa() -> list[bool]:
+    return [bool(getattr(torch.backends.cuda, name)()) for name in SDPA]
