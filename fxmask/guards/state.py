@@ -13,6 +13,7 @@ but not their values.
 from __future__ import annotations
 
 import collections
+import dis
 import functools
 import types
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from fxmask.guards.code import ReachedCode, functions_in, is_foreign, names_read
 
 MOST_OBJECTS = 100_000  # that are looked at; a model that holds more holds something that is no part of it
 ALWAYS_READ = frozenset({"training", "forward"})  # by PyTorch itself
+# Methods of PyTorch's layers that no forward calls.
+NOT_IN_FORWARD = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "_reset_parameters", "__setstate__", "__dir__"})
 IMMUTABLE = (
     type(None),
     bool,
@@ -151,11 +154,19 @@ class Snapshot:
 
     def _attributes(self, owner: Any, names: list[str], prefix: str) -> None:
         state, cls = vars(owner), type(owner)
-        built_in = any(not is_foreign(base) and base not in (object, torch.nn.Module) for base in cls.__mro__)
-        read = [n for n in names if built_in or n in ALWAYS_READ or self._code.reads(n, cls)]
-        self.held.attributes(state, tuple(read), own=not built_in)
+        read = [n for n in names if self._is_read(n, cls)]
+        self.held.attributes(state, tuple(read), own=is_foreign(cls))
         for name in read:
             self._note(state[name], prefix + name)
+
+    def _is_read(self, name: str, cls: type) -> bool:
+        """Whether an attribute may be read: of PyTorch's layers, what they set themselves only if their own code reads it."""
+        read, stored = built_in_names(cls)
+        if name in read or name == "forward":
+            return True
+        if is_foreign(cls):
+            return name in ALWAYS_READ or self._code.reads(name, cls)
+        return name != "training" and (name in self._code.names or (name not in stored and self._code.reads(name, cls)))
 
     # Everything else
 
@@ -286,9 +297,19 @@ class Snapshot:
             value = space.get(name)
             if isinstance(value, type) and is_foreign(value):
                 self._class(value, done)
-            elif isinstance(value, types.ModuleType) and not is_foreign_module(value):
-                called = [n for n in names if callable(vars(value).get(n))]
-                self._members(vars(value), called, value.__name__)
+            elif isinstance(value, types.ModuleType):
+                self._functions_of(value, names)
+
+    def _functions_of(self, module: types.ModuleType, names: frozenset[str]) -> None:
+        """Functions that code calls by way of PyTorch's modules: attention libraries replace some of them."""
+        space = vars(module)
+        if is_foreign_module(module):
+            return
+        self._members(space, [n for n in names if callable(space.get(n))], module.__name__)
+        for name in names:
+            inner = space.get(name)
+            if isinstance(inner, types.ModuleType) and inner.__name__ == f"{module.__name__}.{name}":
+                self._functions_of(inner, names)
 
     def _members(self, space: Any, names: list[str], prefix: str) -> None:
         """Functions, data and classes under names of a class or a module."""
@@ -314,6 +335,16 @@ class Snapshot:
 def is_foreign_module(module: types.ModuleType) -> bool:
     """Whether a module is none of PyTorch's."""
     return module.__name__.split(".")[0] != "torch"
+
+
+@functools.cache
+def built_in_names(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Names that the code of a layer of PyTorch's may read of itself, and those that it sets."""
+    bases = [base for base in cls.__mro__ if base not in (object, torch.nn.Module) and not is_foreign(base)]
+    functions = [(n, f) for base in bases for n, member in vars(base).items() for f in functions_in(member)]
+    read = frozenset[str]().union(*(names_read(f.__code__)[0] for n, f in functions if n not in NOT_IN_FORWARD))
+    stored = {i.argval for _, f in functions for i in dis.get_instructions(f.__code__) if i.opname == "STORE_ATTR"}
+    return read, frozenset(stored)
 
 
 def form_of(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -32,16 +32,16 @@ class Timetable:
             types: what it may have been rounded to: its own type first, then the model's.
             expected: the step whose turn it is; it is preferred among those that rounding makes equal.
         """
-        own = ROUNDING.get(types[0], 0.0) if types else 0.0
-        if own and expected in self._near(value, own):
+        rounded = [ROUNDING[t] for t in types if t in ROUNDING and (t is types[0] or _fits(value, t))]
+        if rounded and expected in self._near(value, max(rounded)):
             return expected
-        exact = self._near(value, 0.0)
-        if not exact:
-            loose = max([own, *(ROUNDING.get(t, 0.0) for t in types), *self._rounded_before(value)])
-            exact = self._near(value, loose) if loose else []
-        if expected in exact:
+        found = self._near(value, 0.0)
+        if not found:
+            loose = [ROUNDING[t] for t in ROUNDING if t in types or _fits(value, t)]
+            found = self._near(value, max(loose, default=0.0))
+        if expected in found:
             return expected
-        return min(exact, key=lambda i: abs(self.timesteps[i] - value)) if exact else None
+        return min(found, key=lambda i: abs(self.timesteps[i] - value)) if found else None
 
     def tolerance(self, types: Sequence[torch.dtype]) -> float:
         """Relative error that a timestep in these types may have."""
@@ -51,7 +51,7 @@ class Timetable:
         least = COUNTDOWN * self._scale
         return [i for i, t in enumerate(self.timesteps) if abs(t - value) <= relative * abs(t) + least]
 
-    def _rounded_before(self, value: float) -> list[float]:
-        """The types that hold this very number, so that it may have been rounded to them."""
-        significand = math.frexp(value)[0]
-        return [ROUNDING[t] for t, bits in BITS.items() if (significand * 2**bits).is_integer()]
+
+def _fits(value: float, kind: torch.dtype) -> bool:
+    """Whether a type holds this very number, so that it may have been rounded to it."""
+    return (math.frexp(value)[0] * 2 ** BITS[kind]).is_integer()
