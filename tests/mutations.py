@@ -26,6 +26,7 @@ TIMEOUT = 1800  # seconds for the tests of one mutation; an endless loop is noti
 PROPERTIES = "passes/test_properties.py"
 SPECIALISED = f"{PROPERTIES}::test_specialised_is_the_reference"
 RUNTIME = ("runtime/test_model.py", "runtime/test_peer_bugs.py")
+GUARDS = ("guards/test_calls.py", "guards/test_state.py", "guards/test_value_branches.py")
 REGIONS = ("passes/test_split_regions.py", "passes/test_pipeline.py")
 
 
@@ -227,15 +228,15 @@ MUTATIONS = [
     Mutation(
         "runtime: an uncovered call leaves the position as it was",
         "fxmask/runtime/generation.py",
-        "            lane.forget()\n            return variant",
-        "            return variant",
+        "            self._missed(lane, again, value)\n            lane.forget()\n",
+        "            self._missed(lane, again, value)\n",
         RUNTIME,
     ),
     Mutation(
         "runtime: a failed step counts as done",
         "fxmask/runtime/generation.py",
-        "        lane.position = None\n        outputs",
-        "        lane.position = step + 1\n        outputs",
+        "        lane.position = None\n        with variant",
+        "        lane.position = step + 1\n        with variant",
         RUNTIME,
     ),
     Mutation(
@@ -253,11 +254,11 @@ MUTATIONS = [
         RUNTIME,
     ),
     Mutation(
-        "runtime: replaced weights are not noticed",
+        "runtime: changed state is not noticed",
         "fxmask/runtime/variants.py",
-        "            if weights != self._weights:",
-        "            if False:",
-        RUNTIME,
+        "return self.state is None or self.state.held.same()\n",
+        "return True\n",
+        ("guards/test_state.py", *RUNTIME),
     ),
     Mutation(
         "runtime: abandoned lanes are kept",
@@ -276,16 +277,158 @@ MUTATIONS = [
     Mutation(
         "runtime: calls by turns share one lane",
         "fxmask/runtime/generation.py",
-        "        if all(lane.latest in matches and lane.position is not None for lane in waiting):\n",
-        "        if False:\n",
+        "        if all(s is not None and lane.latest == s and lane.position is not None",
+        "        if False and all(s is not None and lane.latest == s and lane.position is not None",
         RUNTIME,
     ),
     Mutation(
         "runtime: tables outlive their run",
         "fxmask/runtime/generation.py",
-        "            lane.rows = variant.executor(step).begin(tensors)\n",
-        "            lane.rows = lane.rows or variant.executor(step).begin(tensors)\n",
+        "            lane.weights = None\n",
+        "            pass\n",
         ("passes/test_precompute.py", *RUNTIME),
+    ),
+    # Guards
+    Mutation(
+        "guards: hooks are not noticed",
+        "fxmask/guards/check.py",
+        "        if hooks_so_far() != self._hooks:\n",
+        "        if False:\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: plain attributes are not compared",
+        "fxmask/guards/check.py",
+        "list(map(operator.call, self._plain_getters, self._plain_spaces)) == self._plain_values",
+        "True",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: objects are not compared",
+        "fxmask/guards/check.py",
+        "                and all(map(operator.is_, self._read(), self._values))\n",
+        "",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: parameters are not compared",
+        "fxmask/guards/check.py",
+        "                and self._internal == self._internal_copies\n",
+        "",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: types of weights are not compared",
+        "fxmask/guards/check.py",
+        "                and list(map(_dtype_of, self.tensors)) == self._types\n"
+        "                and list(map(torch.Tensor.data_ptr, self._addressed)) == self._addresses\n",
+        "",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: arrays are not compared",
+        "fxmask/guards/check.py",
+        "                and all(x.tobytes() == y for x, y in zip(self.arrays, self._contents, strict=True))\n",
+        "",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: nothing is looked at in a step",
+        "fxmask/runtime/variants.py",
+        "return self.state is None or self.state.held.same_in_step()\n",
+        "return True\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: closures are not looked into",
+        "fxmask/guards/state.py",
+        "                self._note(cell.cell_contents, f\"{name} in {path}\")\n",
+        "                pass\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: globals are not looked at",
+        "fxmask/guards/state.py",
+        "        self._members(space, [n for n in names if n in space], str(space.get(\"__name__\")))\n",
+        "",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: the modes around a call do not count",
+        "fxmask/runtime/variants.py",
+        "self.key == bound.key and self.ambient in (None, ambient)",
+        "self.key == bound.key",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: graphs run under autocast again",
+        "fxmask/guards/ambient.py",
+        "stack.enter_context(torch.autocast(device, enabled=False))",
+        "pass",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: gradients are dropped",
+        "fxmask/runtime/model.py",
+        "        if needs_gradients(bound.tensors):\n",
+        "        if False:\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: weights that are written to in a run leave its table",
+        "fxmask/runtime/generation.py",
+        "        if weights != lane.weights:",
+        "        if lane.weights is None:",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: a rounded timestep is answered with the plan's",
+        "fxmask/runtime/generation.py",
+        "        exact = timestep is None or executor.prologues.is_exact(step, timestep)\n",
+        "        exact = True\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: a branch on values is not asked",
+        "fxmask/runtime/generation.py",
+        "        if branch is not None:\n",
+        "        if False:\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: what capture does to a model stays",
+        "fxmask/guards/undo.py",
+        "            _put_back(live, before)\n",
+        "            pass\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: capture runs on the caller's tensors",
+        "fxmask/frontend/subject.py",
+        "torch.Tensor.clone, opened(dict(arguments))",
+        "lambda x: x, opened(dict(arguments))",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: values are compared by what they look like",
+        "fxmask/guards/values.py",
+        '    if isinstance(value, PLAIN):\n        return (type(value), value)\n',
+        '    return (type(value), repr(value))\n',
+        GUARDS,
+    ),
+    Mutation(
+        "guards: objects with tensors are not opened",
+        "fxmask/guards/values.py",
+        "    if not holds_tensor(value) or pytree.tree_is_leaf(value) is False:\n",
+        "    if True:\n",
+        GUARDS,
+    ),
+    Mutation(
+        "guards: variants are kept without end",
+        "fxmask/runtime/variants.py",
+        "            restless = [change for change in changes if self._values[change.path] >= MOST_VALUES]\n",
+        "            restless = []\n",
+        GUARDS,
     ),
     Mutation(
         "binding times: a loaded block is precomputed",

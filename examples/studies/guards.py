@@ -38,7 +38,9 @@ def unet(depth: int, levels: int) -> torch.nn.Module:
     down = ("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1))
     up = (*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D")
     widths = {"block_out_channels": (8,) * levels, "norm_num_groups": 2, "cross_attention_dim": 8, "attention_head_dim": 2}
-    return UNet2DConditionModel(down_block_types=down, up_block_types=up, layers_per_block=depth, sample_size=8, **widths).eval()
+    return UNet2DConditionModel(
+        down_block_types=down, up_block_types=up, layers_per_block=depth, sample_size=8, **widths
+    ).eval()
 
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {

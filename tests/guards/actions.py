@@ -110,7 +110,9 @@ class Denoiser(torch.nn.Module):
         self.register_buffer("table", torch.ones(WIDTH), persistent=False)
         self.eval()
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, extra: Any = None, mode: float = 1.0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, extra: Any = None, mode: float = 1.0
+    ) -> torch.Tensor:
         time = self.embed(t.reshape(-1, 1).to(x.dtype) / 1000) + self.text(text)
         for layer in self.layers:
             x = layer(x, time)
@@ -376,7 +378,8 @@ class Sequence:
         for step in range(length):
             if step == middle:
                 self.act()
-                if len(self.now.steps) != length:  # that is for the next run
+                if len(self.now.steps) != length:  # that is for the next run, of another image: the one that is abandoned here
+                    self.now.prompt += 1  # could else be taken up by it, which no sequence of calls can tell (``generation()``)
                     return
             if step == fails:
                 self.log.append("a call that fails")
