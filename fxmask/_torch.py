@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ __all__ = [
     "recording_graph",
     "shape_only",
     "share_state",
+    "tensor_stores",
+    "uncompiled",
     "version_of",
+    "without_compiled_calls",
     "without_inductor_cache",
 ]
 
@@ -121,6 +125,11 @@ def own_tensors_by_name(module: torch.nn.Module) -> list[tuple[str, torch.Tensor
     return [*module._parameters.items(), *module._buffers.items()]
 
 
+def tensor_stores(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries that a module's own parameters and buffers are in."""
+    return module._parameters, module._buffers
+
+
 def own_submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     """Direct submodules by name, also such names as attributes cannot have."""
     return module._modules
@@ -134,6 +143,31 @@ def own_attributes(module: torch.nn.Module) -> list[Any]:
 def forget_compiled_call(module: torch.nn.Module) -> None:
     """Undo ``module.compile()``, which goes past ``forward``."""
     module.__dict__["_compiled_call_impl"] = None
+
+
+@contextlib.contextmanager
+def without_compiled_calls(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, modules that were compiled in place (``module.compile()``) run as they are written."""
+    compiled = [
+        (module, module.__dict__["_compiled_call_impl"])
+        for module in model.modules()
+        if module.__dict__.get("_compiled_call_impl") is not None
+    ]
+    try:
+        for module, _ in compiled:
+            forget_compiled_call(module)
+        yield
+    finally:
+        for module, call in compiled:
+            module.__dict__["_compiled_call_impl"] = call
+
+
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that ``torch.compile`` wrapped; any other module itself."""
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")  # imported by ``torch.compile``, and slow to import
+    while compiler is not None and isinstance(module, compiler.OptimizedModule):
+        module = module._orig_mod
+    return module
 
 
 def recording_graph() -> fx.Graph:

@@ -14,7 +14,7 @@ from fxmask.backends import get_backend
 from fxmask.errors import InputError, MaskError
 from fxmask.frontend.capture import capture
 from fxmask.frontend.examples import ExampleInputs
-from fxmask.frontend.modules import module_device
+from fxmask.frontend.modules import module_device, require_denoiser
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
@@ -27,11 +27,13 @@ from fxmask.learning.ranks import Group
 from fxmask.learning.search import Search
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.model import AcceleratedModel
+from fxmask.sampling.same_sampler import abbreviated, cannot_make, is_same_grid, sampler_facts, scheduler_facts, timesteps_of
 from fxmask.sampling.sampler import Sampler
+from fxmask.sampling.schedulers import require_scheduler
 from fxmask.sampling.trajectory import record
 from fxmask.storage.folders import differences
 from fxmask.storage.packages import is_package, read_package
-from fxmask.storage.plans import load_plan, scheduler_facts
+from fxmask.storage.plans import load_plan
 
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
@@ -43,7 +45,7 @@ T = TypeVar("T")
 
 def accelerate(
     model: torch.nn.Module,
-    scheduler: Any,
+    scheduler: Any = None,
     *,
     num_inference_steps: int = 50,
     speedup: float | None = None,
@@ -68,7 +70,8 @@ def accelerate(
 
     Args:
         model: the denoiser, in eval mode; its weights are shared, not copied.
-        scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Not changed.
+        scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Needed, and not
+            changed.
         num_inference_steps: how many steps the sampler will take.
         speedup: ratio of total MACs over the steps, e.g. 2.0, which is also the default outcome.
         macs: or the fraction of the full MACs to keep, e.g. 0.5.
@@ -77,7 +80,7 @@ def accelerate(
         example_inputs: dict of forward arguments, or a function (batch_size, generator) -> dict, for conditioning that
             cannot be inferred; sample and timestep may be included.
         step_kwargs: passed on to ``scheduler.step`` while recording, e.g. ``{"eta": 1.0}``.
-        scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where the image's size shifts timesteps.
+        scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
         max_cache_bytes: at most this many cached bytes at once, per lane, for a batch of ``RECORDED_BATCH``.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
@@ -102,7 +105,7 @@ def accelerate(
         outcome.refuse_with("mask")
         _expect(mask, Mask, "mask", "fxmask.Mask(compute=..., timesteps=..., blocks=...)")
     get_backend(backend).compiler(mode)
-    _refuse_no_denoiser(model)
+    model = _denoiser(model)
     # 1. record
     trajectories = [
         record(
@@ -147,8 +150,7 @@ def accelerate(
     # 4. rectify
     plan = rectify(program, mask)
     # 5. specialise and compile
-    facts = _sampler_facts(scheduler, num_inference_steps, step_kwargs)
-    accelerated = AcceleratedModel(program, plan, backend, mode, facts=facts)
+    accelerated = AcceleratedModel(program, plan, backend, mode, facts=sampler_facts(first))
     return accelerated if backend == "eager" else accelerated.compile_all(progress=progress)
 
 
@@ -199,6 +201,7 @@ def learn(
         OutcomeError: the outcome is contradictory or out of reach; says what is reachable.
     """
     _expect(program, Program, "program", "fxmask.learn(fxmask.capture(model, calls.calls[0][0]), calls)")
+    program.require_one_sample()
     outcome = Outcome(speedup, macs, max_error)
     limits = Limits(max_graphs, max_cache_bytes)
     _check_choice("learner", learner, LEARNERS)
@@ -250,8 +253,11 @@ def pareto(
     ``fxmask.draw_pareto(points, axes)`` plots error against MACs.
     """
     _expect(program, Program, "program", "fxmask.pareto(fxmask.capture(model, calls.calls[0][0]), calls)")
+    program.require_one_sample()
     _check_choice("effort", effort, tuple(EFFORTS))
     _check_choice("cost", cost, COSTS)
+    if not isinstance(speedups, Iterable):
+        raise InputError(f"speedups must be several numbers, got {speedups!r}; e.g. speedups=(1.5, 2.0)")
     wanted = [Outcome(speedup=s) for s in speedups]
     search = Search(
         program,
@@ -284,7 +290,7 @@ def compile(program: Program, plan: Plan, backend: str = "inductor", *, mode: st
     _expect(program, Program, "program", "fxmask.compile(fxmask.capture(model, call), plan)")
     _expect(plan, Plan, "plan", "fxmask.compile(program, fxmask.rectify(program, mask))")
     program.require_verified()
-    return AcceleratedModel(program, plan, backend, mode)
+    return AcceleratedModel(program, plan, backend, mode, facts=plan.source.sampler)
 
 
 def load(
@@ -315,10 +321,13 @@ def load(
         MaskError: the plan is damaged, or model or scheduler differ; says in what.
         BackendError: the package was compiled for another version of PyTorch, kind of device or processor.
     """
+    if isinstance(folder, torch.nn.Module):
+        raise InputError("the folder comes first: fxmask.load(folder, model, scheduler)")
+    model = _denoiser(model)
     if is_package(folder) and backend in (None, "package"):
         return _load_package(folder, model, scheduler, progress)
     mask, facts, example = load_plan(folder)
-    _refuse_other_scheduler(folder, facts, scheduler)
+    _refuse_other_scheduler(folder, facts, mask, scheduler)
     device = module_device(model)
     program = capture(
         model,
@@ -339,7 +348,7 @@ def load(
 def _load_package(folder: str | Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
     """A model whose step graphs are in a package; they are compared with the model before it is handed out."""
     package = read_package(folder, model, progress=progress)
-    _refuse_other_scheduler(folder, package.facts, scheduler)
+    _refuse_other_scheduler(folder, package.facts, package.mask, scheduler)
     plan = rectify(package.program, package.mask, start=package.facts["start"])
     accelerated = AcceleratedModel(
         package.program, plan, "package", compiler=package.compiler, facts=_about_sampler(package.facts)
@@ -364,25 +373,45 @@ def _seeds(seed: int, mask: Mask | None, learner: str) -> list[int]:
     return [seed + k for k in range(count)]
 
 
-def _refuse_no_denoiser(model: Any) -> None:
-    if not isinstance(model, torch.nn.Module):
-        holds = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, torch.nn.Module)]
-        hint = (
-            f"; it holds {holds}: accelerate its denoiser, or record the pipeline with fxmask.record_pipeline(pipe, ...) and "
-            "pass that to fxmask.learn"
-            if holds
-            else ""
-        )
-        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
-    if model.training:
-        raise InputError(f"{type(model).__name__} is in training mode; call model.eval() first")
+def _denoiser(model: Any) -> torch.nn.Module:
+    """The denoiser that is meant."""
+    denoiser = require_denoiser(model)
+    if denoiser.training:
+        raise InputError(f"{type(denoiser).__name__} is in training mode; call model.eval() first")
+    return denoiser
 
 
-def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], scheduler: Any) -> None:
-    known = facts.get("scheduler")
-    found = differences(known, scheduler_facts(scheduler)) if scheduler is not None and known else []
+def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], mask: Mask, scheduler: Any) -> None:
+    if scheduler is None:
+        return
+    require_scheduler(scheduler)
+    known, count = facts.get("scheduler"), facts.get("num_inference_steps")
+    if not known:
+        usual = cannot_make(scheduler, mask.timesteps)
+        found = [] if usual is None else [_other_timesteps(mask.timesteps, usual)]
+    else:
+        found = _scheduler_differences(known, scheduler_facts(scheduler))
+        grid, options = facts.get("scheduler_timesteps"), facts.get("scheduler_kwargs")
+        now = timesteps_of(scheduler, count, options) if grid and count and not found else None
+        if grid and now is not None and not is_same_grid(grid, now):
+            found = [_other_timesteps(grid, now)]
     if found:
-        raise MaskError(f"the plan in {folder} was made for another scheduler:\n  " + "\n  ".join(found))
+        raise MaskError(
+            f"the plan in {folder} was made for another scheduler:\n  " + "\n  ".join(found) + "\nPass the one of that plan, "
+            "configured as it was, or leave it out if the denoiser is given the saved timesteps all the same"
+        )
+
+
+def _scheduler_differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs; of schedulers of two classes, only what both can be configured with."""
+    if known["class"] != now["class"]:
+        both = known["config"].keys() & now["config"].keys()
+        known, now = ({**x, "config": {k: v for k, v in x["config"].items() if k in both}} for x in (known, now))
+    return differences(known, now)
+
+
+def _other_timesteps(saved: Sequence[float], now: Sequence[float]) -> str:
+    return f"timesteps: saved {abbreviated(saved)}, now {abbreviated(now)}"
 
 
 def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, Any], program: Program) -> None:
@@ -398,12 +427,8 @@ def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, An
 
 
 def _about_sampler(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in facts.items() if k in ("scheduler", "num_inference_steps", "step_kwargs")}
-
-
-def _sampler_facts(scheduler: Any, num_inference_steps: int, step_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    plain = {key: value for key, value in (step_kwargs or {}).items() if isinstance(value, (bool, int, float, str))}
-    return {"scheduler": scheduler_facts(scheduler), "num_inference_steps": num_inference_steps, "step_kwargs": plain}
+    names = ("scheduler", "num_inference_steps", "scheduler_kwargs", "step_kwargs", "scheduler_timesteps")
+    return {name: facts[name] for name in names if name in facts}
 
 
 def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from fxmask.errors import MaskError
-from fxmask.ir.mask import Mask
+from fxmask.ir.mask import Mask, as_timesteps
 from fxmask.ir.program import Program
 
 Policy = Callable[[Program, Iterable[float]], Mask]
@@ -26,9 +26,9 @@ def interval(period: int) -> Policy:
         raise MaskError(f"period must be a positive number of steps, got {period!r}")
 
     def policy(program: Program, timesteps: Iterable[float]) -> Mask:
-        steps = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
+        steps = as_timesteps(timesteps)
         names = tuple(block.name for block in program.branches)
         rows = (torch.arange(len(steps)) % period == 0).unsqueeze(1).expand(-1, len(names))
-        return Mask(rows, tuple(steps.tolist()), names, fingerprint=program.fingerprint)
+        return Mask(rows, steps, names, fingerprint=program.fingerprint)
 
     return policy

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import enum
 
-import torch
 from torch import fx
 
+from fxmask.ir.graph import is_random
 from fxmask.ir.program import Program
 
 
@@ -46,7 +46,7 @@ def binding_times(program: Program) -> dict[fx.Node, BindingTime]:
         time = BindingTime.WEIGHTS
         for given in node.all_input_nodes:
             time |= times[given]
-        if node.name in cut or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.name in cut or is_random(node):
             time |= BindingTime.SAMPLE
         times[node] = time
     return times

@@ -20,11 +20,13 @@ that a person recognises.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from fxmask.ir.block import Block
+from fxmask.ir.graph import copy_nodes, returned
 from fxmask.ir.macs import shape_of
 from fxmask.passes.conditions import functional, has_shapes, one_output_tuple
 from fxmask.passes.dataflow import Dataflow, Values
@@ -36,14 +38,15 @@ from fxmask.passes.residual_branches import residual_branches
 
 
 @graph_pass(requires=(functional, has_shapes, one_output_tuple))
-def find_blocks(graph: fx.Graph, sample: fx.Node, batch_size: int) -> tuple[Block, ...]:
+def find_blocks(graph: fx.Graph, sample: fx.Node | Sequence[fx.Node], batch_size: int) -> tuple[Block, ...]:
     """The blocks of a functional graph, in graph order.
 
     Args:
         graph: functional graph with shapes in ``meta["val"]``.
-        sample: the placeholder of the noisy sample.
+        sample: the placeholder of the noisy sample, or the placeholders of a list of them.
         batch_size: of the captured call, for bytes per sample.
     """
+    graph, sample = _one_sample(graph, [sample] if isinstance(sample, fx.Node) else sample)
     flow = Dataflow.of(graph, sample)
     total = sum(flow.macs.values())
     branches, outer = choose_nesting(flow, residual_branches(flow, sample))
@@ -61,6 +64,26 @@ def find_blocks(graph: fx.Graph, sample: fx.Node, batch_size: int) -> tuple[Bloc
     macs = [_macs(kind, values, flow, owned) for kind, values in picks]
     found = zip(names, picks, macs, strict=True)
     return tuple(_block(name, kind, values, cost, flow, stages, batch_size) for name, (kind, values), cost in found)
+
+
+def _one_sample(graph: fx.Graph, samples: Sequence[fx.Node]) -> tuple[fx.Graph, fx.Node]:
+    """The graph and its sample; of several samples a copy of the graph, with the same names, that takes them from one list.
+
+    %x_0 = placeholder; %x_1 = placeholder   becomes   %all = placeholder; %x_0 = getitem(%all, 0); %x_1 = getitem(%all, 1)
+    """
+    if len(samples) == 1:
+        return graph, samples[0]
+    joined = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    everything = joined.create_node("placeholder", "all_samples", name="all_samples_of_the_list")
+    everything.meta["val"] = tuple(node.meta["val"] for node in samples)
+    for k, node in enumerate(samples):
+        copies[node] = joined.create_node("call_function", operator.getitem, (everything, k), name=node.name)
+        copies[node].meta = dict(node.meta)
+    copy_nodes(graph.nodes, joined, copies)
+    joined.output(tuple(copies[node] for node in returned(graph)))
+    assert all(node.name == copy.name for node, copy in copies.items())
+    return joined, everything
 
 
 def _block(

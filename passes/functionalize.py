@@ -3,8 +3,10 @@
     exported:   graph(p_weight, b_table, x):  %y = conv(x, p_weight); %z = add_(%y, b_table); return (%z,)
     functional: graph(x):  %w = get_attr[weight]; %y = conv(x, %w); %z = add(%y, %t); return (%z,)
 
-In-place operators become functional ones (a cached value that is later mutated would be silently corrupted), wrapped
-regions (autocast, no_grad) are inlined, asserts and dead code go.
+In-place operators become functional ones (a cached value that is later mutated would be silently corrupted); registered
+operators that write to their arguments do so on copies (``auto_functionalized``). Regions under no_grad or another autocast
+are part of the graph by then; flex_attention becomes plain operators, and other operators that take graphs are refused.
+Asserts and dead code go.
 """
 
 from __future__ import annotations
@@ -18,13 +20,30 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fxmask._torch import HigherOrderOperator
 from fxmask.errors import CaptureError
+from fxmask.ir.graph import made_functional, module_path
 from fxmask.ir.weights import attribute_of, named_tensors
 from fxmask.passes.conditions import functional, has_shapes, one_output_tuple
+from fxmask.passes.expand_attention import expand_attention
 from fxmask.passes.observer import graph_pass
 from fxmask.passes.remove_dead import remove_dead
 
 # Buffers of the output that a functional graph would have to write back.
-_MUTATIONS = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATION: "argument"}
+_MUTATIONS = {
+    OutputKind.BUFFER_MUTATION: "buffer",
+    OutputKind.PARAMETER_MUTATION: "parameter",
+    OutputKind.USER_INPUT_MUTATION: "argument",
+}
+
+# What to use instead of operators that take graphs, by parts of their names.
+_REMEDIES = {
+    "flex_attention": "scaled_dot_product_attention with attn_mask",
+    "cond": "torch.where, which chooses between values",
+    "while_loop": "a loop of a fixed length, in Python",
+    "scan": "a loop of a fixed length, in Python",
+    "triton_kernel": "torch.library.custom_op around the call of the kernel, with a register_fake",
+    "torchbind": "tensors in the place of script objects",
+    "checkpoint": "the module without checkpointing, which saves nothing in inference",
+}
 
 
 @graph_pass(ensures=(functional, has_shapes, one_output_tuple))
@@ -40,7 +59,8 @@ def functionalize(
         names: for lifted tensors that the export knows by another name, their names in ``model``.
 
     Raises:
-        CaptureError: the model writes to a buffer or an argument when called, so a call cannot be a function.
+        CaptureError: the model writes to a buffer, a parameter or an argument when called, so a call cannot be a function; or
+            it calls an operator that takes graphs and cannot be cut.
     """
     exported = exported.run_decompositions({})
     for spec in exported.graph_signature.output_specs:
@@ -52,8 +72,8 @@ def functionalize(
             )
     graph, attributes = _unlift(exported, dict(named_tensors(model)), f"{prefix}.", names or {})
     result = fx.GraphModule(attributes, graph, class_name="Program")
-    while _inline_wrapped(result):
-        pass
+    expand_attention(result)
+    _refuse_graphs_inside(graph)
     _drop_copies(graph)
     remove_dead(graph)  # asserts are dead code too
     graph.lint()
@@ -99,57 +119,26 @@ def _unlift(
         copies[node].meta = dict(node.meta)
         stack = node.meta.get("nn_module_stack")
         if stack:
-            copies[node].meta["nn_module_stack"] = {
-                key: (path.removeprefix(prefix) if path != prefix[:-1] else "", kind) for key, (path, kind) in stack.items()
-            }
+            copies[node].meta["nn_module_stack"] = {key: (_own_path(path, prefix), kind) for key, (path, kind) in stack.items()}
     return graph, attributes
 
 
-def _inline_wrapped(module: fx.GraphModule) -> bool:
-    """Inline one ``wrap_with_...`` region (no_grad, autocast off); returns whether there was one.
+def _own_path(path: str, prefix: str) -> str:
+    """Path of a module in the model; what ``torch.compile`` wraps around modules has no place in it."""
+    own = path.removeprefix(prefix) if path != prefix[:-1] else ""
+    return ".".join(part for part in own.split(".") if part != "_orig_mod")
+
+
+def _refuse_graphs_inside(graph: fx.Graph) -> None:
+    """Refuse operators that take graphs, but for those that only stand for a registered operator.
 
     Raises:
-        CaptureError: an operator that takes a subgraph and cannot be inlined (cond, while_loop, autocast on).
+        CaptureError: names the operator, the module, and what to use instead.
     """
-    for node in module.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator) or made_functional(node):
             continue
-        name = str(node.target)
-        position = next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"), None)
-        # wrap_with_autocast(device_type, dtype, enabled, cache_enabled, body, ...)
-        enters_autocast = "autocast" in name and node.args[2] is not False
-        if position is None or not name.startswith("wrap_with_") or enters_autocast:
-            raise CaptureError(f"the graph holds {name!r} ({node.name}), control flow that cannot be cut into blocks")
-        get_subgraph = node.args[position]
-        assert isinstance(get_subgraph, fx.Node)
-        _splice(module, node, getattr(module, str(get_subgraph.target)), node.args[position + 1 :])
-        if not get_subgraph.users:
-            module.graph.erase_node(get_subgraph)
-        return True
-    return False
-
-
-def _splice(module: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, operands: tuple[Any, ...]) -> None:
-    """Replace ``node`` by the nodes of ``inner`` called on ``operands``."""
-    values: dict[fx.Node, Any] = {}
-    arguments = iter(operands)
-    result: Any = None
-    with module.graph.inserting_before(node):
-        for inside in inner.graph.nodes:
-            if inside.op == "placeholder":
-                values[inside] = next(arguments)
-            elif inside.op == "output":
-                result = fx.map_arg(inside.args[0], lambda n: values[n])
-            else:
-                if inside.op == "get_attr":
-                    setattr(module, str(inside.target), getattr(inner, str(inside.target)))
-                values[inside] = module.graph.node_copy(inside, lambda n: values[n])
-                values[inside].meta = dict(inside.meta)
-    if isinstance(result, (tuple, list)):
-        for user in list(node.users):
-            if user.target.__name__ == "getitem":  # type: ignore[union-attr]
-                user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
-                module.graph.erase_node(user)
-    else:
-        node.replace_all_uses_with(result)
-    module.graph.erase_node(node)
+        name, path = str(node.target), module_path(node)
+        remedy = next((f"; use {text}" for word, text in _REMEDIES.items() if word in name), "")
+        where = f" in module {path!r}" if path else ""
+        raise CaptureError(f"the graph holds {name!r} ({node.name}){where}, which cannot be cut into blocks{remedy}")

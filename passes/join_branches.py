@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from fxmask.ir.graph import module_path
 from fxmask.passes.dataflow import Dataflow, Values
-from fxmask.passes.name_blocks import module_path
 from fxmask.passes.residual_branches import Branch
 
 JOINT_RATIO = 0.5  # branches are joined if cutting them together saves this much more than the sum of their own

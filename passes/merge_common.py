@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
-from fxmask.ir.graph import replace_node
+from fxmask.ir.graph import is_random, replace_node
 from fxmask.passes.conditions import functional
 from fxmask.passes.observer import PassResult, graph_pass
 
@@ -26,7 +25,7 @@ def merge_common(graph: fx.Graph) -> PassResult:
     for node in list(graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if is_random(node):
             continue
         key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
         if key in known:

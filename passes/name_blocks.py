@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
+from fxmask.ir.graph import module_path
 from fxmask.passes.dataflow import Dataflow, Values
 
 MAX_NAMES = 3  # modules that a block's name lists
@@ -71,12 +72,6 @@ def place_of(node: fx.Node) -> str:
     if all(map(outside, node.users)):
         return f"out of {path}"
     return f"into {path}" if all(map(outside, computed)) else f"inside {path}"
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that a node was traced in."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from fxmask.passes.remove_dead import remove_dead
 
 # Rows of values that depend on timestep and conditioning grow with batch and steps; beyond this they stay in the steps.
 MOST_TABLE_BYTES = 256 * 2**20
+CONVERSIONS = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.type_as)
 
 
 @dataclass(frozen=True)
@@ -118,23 +119,40 @@ def _frontier(program: Program, early: Collection[fx.Node]) -> list[fx.Node]:
     """The nodes of ``early`` whose values the other nodes need, past views and what is cheaper computed than read."""
     late: set[fx.Node] = set()
     frontier = []
+    stored = _stored_bytes(program.graph_module.graph)
     for node in reversed(program.graph_module.graph.nodes):
         needed = any(user in late or user not in early for user in node.users)
         if node.op == "call_function" and node in early and needed:
-            if _is_glue(node, early):
+            if _is_glue(node, stored):
                 late.add(node)
             elif isinstance(node.meta["val"], torch.Tensor):
                 frontier.append(node)
     return frontier[::-1]
 
 
-def _is_glue(node: fx.Node, early: Collection[fx.Node]) -> bool:
-    """Views, constants made from nothing, and pointwise operators that only make a tensor larger."""
+def _is_glue(node: fx.Node, stored: Mapping[fx.Node, int]) -> bool:
+    """Views, constants made from nothing, pointwise operators that only make a tensor larger, and weights in another type than
+    the smaller one that they are stored in: who stores them so has no memory for more."""
     if is_view(node) or not node.all_input_nodes:
+        return True
+    if node in stored and value_bytes(node) > stored[node]:
         return True
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return False
     return value_bytes(node) > 2 * sum(value_bytes(given) for given in node.all_input_nodes)
+
+
+def _stored_bytes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For weights, and what views, conversions and pointwise operators make of weights alone: bytes of these weights."""
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            found[node] = value_bytes(node)
+        elif node.op == "call_function" and node.all_input_nodes and all(given in found for given in node.all_input_nodes):
+            tags = getattr(node.target, "tags", ())
+            if is_view(node) or torch.Tag.pointwise in tags or getattr(node.target, "overloadpacket", None) in CONVERSIONS:
+                found[node] = sum(found[given] for given in node.all_input_nodes)
+    return found
 
 
 def _prologue(program: Program, wanted: Sequence[fx.Node], given: Mapping[str, str]) -> Prologue | None:

@@ -54,6 +54,9 @@ def rectify(program: Program, mask: Mask, *, start: int = 0) -> Plan:
 
 
 def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
+    if not isinstance(mask, Mask):
+        hint = "; a plan is rectified already" if isinstance(mask, Plan) else ""
+        raise MaskError(f"mask must be a fxmask.Mask, got {type(mask).__name__}{hint}; call fxmask.rectify(program, mask)")
     blocks = _listed_blocks(program, mask)
     _check_sources_are_listed(program, mask)
     if not 0 <= start < mask.num_steps:
@@ -122,6 +125,8 @@ def _check_sources_are_listed(program: Program, mask: Mask) -> None:
     for (step, name), terms in (mask.forecast.terms if mask.forecast else {}).items():
         for source, _ in terms:
             other, at = source if isinstance(source, tuple) else (name, source)
+            if other == INPUT and program.example.is_list:
+                raise MaskError(f"forecast of block {name!r} at step {step} reads the sample, which is a list of tensors")
             if other != INPUT and other not in mask.blocks:
                 why = "which the mask does not list; give it a column" if other in known else "which is no block of the program"
                 raise MaskError(f"forecast of block {name!r} at step {step} reads step {at} of {other!r}, {why}")

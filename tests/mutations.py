@@ -342,14 +342,14 @@ MUTATIONS = [
     Mutation(
         "guards: closures are not looked into",
         "fxmask/guards/state.py",
-        "                self._note(cell.cell_contents, f\"{name} in {path}\")\n",
+        '                self._note(cell.cell_contents, f"{name} in {path}")\n',
         "                pass\n",
         GUARDS,
     ),
     Mutation(
         "guards: globals are not looked at",
         "fxmask/guards/state.py",
-        "        self._members(space, [n for n in names if n in space], str(space.get(\"__name__\")))\n",
+        '        self._members(space, [n for n in names if n in space], str(space.get("__name__")))\n',
         "",
         GUARDS,
     ),
@@ -412,8 +412,8 @@ MUTATIONS = [
     Mutation(
         "guards: values are compared by what they look like",
         "fxmask/guards/values.py",
-        '    if isinstance(value, PLAIN):\n        return (type(value), value)\n',
-        '    return (type(value), repr(value))\n',
+        "    if isinstance(value, PLAIN):\n        return (type(value), value)\n",
+        "    return (type(value), repr(value))\n",
         GUARDS,
     ),
     Mutation(

@@ -100,6 +100,82 @@ def test_step_kwargs_that_the_scheduler_does_not_take():
         fxmask.accelerate(tiny_dit(), ddim(), example_inputs=labels, step_kwargs={"nothing": 1})
 
 
+@pytest.fixture(scope="module")
+def parts():
+    """A pipeline-like object, and what the stages make of it."""
+    model = tiny_unet()
+    run = fxmask.record(model, ddim(), num_inference_steps=4, batch_size=2)
+    program = fxmask.capture(model, run.calls[0][0])
+    mask = fxmask.policies.interval(2)(program, run.timesteps)
+
+    class Pipe:
+        def __init__(self):
+            self.vae, self.unet, self.scheduler = torch.nn.Identity(), model, ddim()
+
+        def __call__(self):
+            """Never called."""
+
+    return Pipe(), model, run, program, mask, fxmask.rectify(program, mask)
+
+
+RIGHT = r"record_pipeline\(pipe, \.\.\.\).*fxmask\.accelerate\(pipe\.unet, pipe\.scheduler"
+SLIPS = {
+    "accelerate(pipe, scheduler)": (lambda p, *_: fxmask.accelerate(p, p.scheduler, speedup=2.0), RIGHT),
+    "accelerate(pipe)": (lambda p, *_: fxmask.accelerate(p, num_inference_steps=30), RIGHT),
+    "accelerate(model)": (lambda p, m, *_: fxmask.accelerate(m, speedup=2.0), "no scheduler was given; pass a diffusers"),
+    "accelerate(model, pipe)": (lambda p, m, *_: fxmask.accelerate(m, p), r"Pipe has no step.*pass its scheduler, pipe\.sch"),
+    "record(pipe)": (lambda p, *_: fxmask.record(p, p.scheduler), RIGHT),
+    "record(model)": (lambda p, m, *_: fxmask.record(m), "no scheduler was given"),
+    "capture(pipe)": (lambda p, *_: fxmask.capture(p), RIGHT),
+    "capture(run)": (lambda p, m, run, *_: fxmask.capture(m, run), r"pass run\.calls\[0\]\[0\]"),
+    "capture(lanes)": (lambda p, m, run, *_: fxmask.capture(m, run.calls[0]), r"got tuple.*pass run\.calls\[0\]\[0\]"),
+    "load(pipe)": (lambda p, *_: fxmask.load("folder", p), RIGHT),
+    "load(model, folder)": (lambda p, m, *_: fxmask.load(m, "folder"), r"folder comes first: fxmask\.load\(folder, model"),
+    "rectify(program, plan)": (lambda p, m, r, program, mask, plan: fxmask.rectify(program, plan), "Plan; a plan is rectified"),
+    "rectify(program, rows)": (
+        lambda p, m, r, g, mask, _: fxmask.rectify(g, mask.compute),
+        "must be a fxmask.Mask, got Tensor",
+    ),
+    "compile(program, mask)": (lambda p, m, r, g, mask, _: fxmask.compile(g, mask), r"rectify\(program, mask\)"),
+    "compile(model, plan)": (lambda p, m, r, g, mask, plan: fxmask.compile(m, plan), r"compile\(fxmask.capture"),
+    "learn(model, run)": (lambda p, m, run, *_: fxmask.learn(m, run), r"learn\(fxmask.capture"),
+    "learn(speedup='2')": (lambda p, m, run, g, *_: fxmask.learn(g, run, speedup="2"), "must be a number, got str"),
+    "pareto(speedups=2)": (lambda p, m, run, g, *_: fxmask.pareto(g, run, speedups=2.0), r"speedups=\(1\.5, 2\.0\)"),
+    "interval(program, run)": (lambda p, m, run, g, *_: fxmask.policies.interval(2)(g, run), r"pass run\.timesteps"),
+    "Mask.ones(program, run)": (lambda p, m, run, g, *_: fxmask.Mask.ones(g, run), r"pass run\.timesteps"),
+    "rollout(program)": (lambda p, m, run, g, *_: run.rollout(g), "what fxmask.compile makes"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slips_are_told_the_right_call(parts, slip):
+    call, message = SLIPS[slip]
+    with pytest.raises(fxmask.FxmaskError, match=f"(?s){message}"):
+        call(*parts)
+
+
+def test_backend_may_be_given_by_position(parts):
+    *_, program, _, plan = parts
+    assert fxmask.compile(program, plan, "eager").how_compiled == ("eager", None)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, None])
+def test_an_accelerated_or_compiled_model_is_taken_for_its_original(parts, wrap):
+    _, model, run, program, _, plan = parts
+    wrapped = torch.compile(model) if wrap else fxmask.compile(program, plan, backend="eager")
+    assert fxmask.capture(wrapped, run.calls[0][0]).model is model
+    assert torch.equal(fxmask.record(wrapped, ddim(), num_inference_steps=4, batch_size=2).final, run.final)
+
+
+@pytest.mark.parametrize("batch", [3, 12])  # one alone is broadcast
+def test_conditioning_of_another_batch(batch):
+    given = {"class_labels": torch.zeros(batch, dtype=torch.int64)}
+    with pytest.raises(
+        fxmask.InputError, match=rf"not for a batch of 8.*class_labels: int64 \[{batch}\].*function \(batch_size"
+    ):
+        fxmask.accelerate(tiny_dit(), ddim(), example_inputs=given, num_inference_steps=2, progress=False)
+
+
 def test_scheduler_is_left_as_it_was():
     scheduler = ddim()
     before = dict(vars(scheduler))

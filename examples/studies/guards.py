@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
-import fxmask
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Snapshot
 
@@ -66,7 +65,8 @@ def measure(name: str) -> str:
     model = MODELS[name]()
     snapshot = Snapshot.of(model)
     held = snapshot.held
-    assert held.same() and held.same_in_step()
+    assert held.same()
+    assert held.same_in_step()
     run = median_microseconds(held.same)
     step = median_microseconds(lambda: (held.same_in_step(), Ambient.now("cpu")))
     walk = median_microseconds(lambda: Snapshot.of(model)) / 1000 if len(snapshot.tokens) < 3000 else _once(model)
@@ -89,7 +89,7 @@ def main() -> None:
     rows += [measure(name) for name in MODELS]
     print("\n".join(rows))
     if options.write:
-        head = f"# What the guards cost\n\n`{Path(__file__).name}`, torch {torch.__version__}, fxmask {fxmask.__version__}, one CPU thread.\n"
+        head = f"# What the guards cost\n\n`studies/guards.py`, torch {torch.__version__}, one CPU thread.\n"
         RESULTS.write_text("\n".join([head, *rows, ""]))
 
 

@@ -11,7 +11,7 @@ from torch import fx
 from fxmask.frontend.value_reads import ASSUMPTIONS
 from fxmask.ir.block import Block
 from fxmask.ir.calls import BoundCall, Signature
-from fxmask.ir.graph import attribute
+from fxmask.ir.graph import attribute, operator_of
 from fxmask.ir.macs import count_attention_macs, count_macs
 from fxmask.ir.outputs import OutputSpec
 from fxmask.ir.program import Program
@@ -32,9 +32,8 @@ def assemble_program(
     """The program of a checked graph: its blocks, MACs, roles and fingerprint."""
     inputs = tuple(bound.tensors)
     placeholders = list(module.graph.find_nodes(op="placeholder"))
-    sample = placeholders[inputs.index(signature.sample)]
-    batch = int(bound.tensors[signature.sample].shape[0])
-    blocks = find_blocks(module.graph, sample, batch)
+    samples = [placeholders[inputs.index(name)] for name in bound.samples]
+    blocks = find_blocks(module.graph, samples, bound.batch_size)
     weights = {str(node.target): attribute(module, node) for node in module.graph.nodes if node.op == "get_attr"}
     return Program(
         graph_module=module,
@@ -61,7 +60,7 @@ def role_of(name: str, signature: Signature, roles: Mapping[str, str]) -> str:
     root = name.split(".")[0]
     if name in roles or root in roles:
         return roles.get(name, roles.get(root, ""))
-    if name == signature.sample:
+    if signature.is_sample(name):
         return "sample"
     return "timestep" if name == signature.timestep else "conditioning"
 
@@ -71,7 +70,7 @@ def fingerprint_of(module: fx.GraphModule, blocks: Sequence[Block]) -> str:
     digest = hashlib.sha256()
     for node in module.graph.nodes:
         if node.op == "call_function":
-            digest.update(str(node.target).encode())
+            digest.update(str(operator_of(node)).encode())
     for block in blocks:
         digest.update(f"{block.kind} {block.name} {len(block.values)}".encode())
     return digest.hexdigest()[:16]

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask._torch import FakeTensorMode
+from fxmask._torch import FakeTensorMode, uncompiled
 from fxmask.errors import CaptureError, InputError
 from fxmask.frontend.arguments import needed_names
 from fxmask.frontend.assemble import UNVERIFIED, assemble_program, role_of
 from fxmask.frontend.fake import fake_call, fake_copy, is_abstract, quiet_torch
 from fxmask.frontend.infer import infer_call
-from fxmask.frontend.modules import module_device
-from fxmask.frontend.refusals import explain, refuse_data_dependent
+from fxmask.frontend.modules import is_adapted, module_device, require_denoiser
+from fxmask.frontend.refusals import advice, explain, refuse_active_hooks, refuse_data_dependent
 from fxmask.frontend.rungs import LADDER, Export, export_draft, export_running
 from fxmask.frontend.subject import Subject
 from fxmask.frontend.timestep_form import choose_timestep_form
@@ -68,16 +68,21 @@ def capture(
             cannot be inferred; names them with shapes and types.
         CaptureError: no way of capture gave a graph that computes what the model computes; says what was tried.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    given_model, model = model, require_denoiser(model)
     if model.training:
         raise InputError(
             f"{type(model).__name__} is in training mode, where dropout and batch statistics change every call; "
             "call model.eval() first"
         )
+    if example_inputs is not None and not isinstance(example_inputs, Mapping):
+        raise InputError(
+            f"example_inputs must be the arguments of one call by name, got {type(example_inputs).__name__}; of a recorded run "
+            "pass run.calls[0][0]"
+        )
     unknown = {name: role for name, role in (roles or {}).items() if role not in ROLES}
     if unknown:
         raise InputError(f"unknown roles {unknown}; choose from {ROLES}")
+    refuse_active_hooks(model)
     with quiet_torch(), torch.no_grad():
         signature = Signature.of(model, roles)
         given = dict(example_inputs or {})
@@ -95,6 +100,7 @@ def capture(
             inferred = _inferred(model, signature, given, batch_size, error)
             form, bound = choose_timestep_form(subject, signature, inferred)
             outputs = output_spec_of(subject, bound)
+        _refuse_other_result(given_model, subject, bound)
         return _capture(subject, form, bound, outputs, dict(roles or {}))
 
 
@@ -138,6 +144,7 @@ def capture_bound(
     model: torch.nn.Module, signature: Signature, bound: BoundCall, roles: Mapping[str, str] | None = None
 ) -> Program:
     """Capture for a call that is already in canonical form."""
+    refuse_active_hooks(model)
     with quiet_torch(), torch.no_grad():
         subject = Subject(model, module_device(model).type)
         return _capture(subject, signature, bound, output_spec_of(subject, bound), dict(roles or {}))
@@ -154,10 +161,27 @@ def _capture(subject: Subject, signature: Signature, bound: BoundCall, outputs: 
             _warn_of_hooks(subject)
             program = assemble_program(module, model, form, call, outputs, roles, rung)
             return replace(program, state=subject.snapshot, ambient=subject.ambient)
+    why = advice(model)
     raise CaptureError(
         f"{type(model).__name__} could not be captured as a graph that computes what the model computes. "
-        "Tried:\n" + "\n".join(tried) + _advice(model)
+        + (f"{why} " if why else "")
+        + "Tried:\n"
+        + "\n".join(tried)
     )
+
+
+def _refuse_other_result(given: torch.nn.Module, subject: Subject, bound: BoundCall) -> None:
+    """Refuse a PEFT model that does more than call the model inside of it, which is captured in its place."""
+    wrapper = uncompiled(given)
+    if not is_adapted(wrapper):
+        return
+    outside, _ = flatten_output(Subject(wrapper, module_device(wrapper).type)(bound.arguments))
+    inside, _ = flatten_output(subject(bound.arguments))
+    if not all(same_values(a, b) for a, b in zip(outside, inside, strict=True)):
+        raise CaptureError(
+            f"{type(wrapper).__name__} computes something else than the {type(subject.model).__name__} that it wraps, which is "
+            "what would be accelerated. Merge its adapters (merge_and_unload()), or pass model.get_base_model()"
+        )
 
 
 def _refuse_writes(subject: Subject) -> None:
@@ -249,10 +273,3 @@ def _is_integral(x: torch.Tensor) -> bool:
     if x.is_complex():
         return False
     return not x.is_floating_point() or bool((x == x.round()).all())
-
-
-def _advice(model: torch.nn.Module) -> str:
-    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-    if not scripted:
-        return ""
-    return f"\nTorchScript submodules cannot be exported: {scripted[:5]}; use the modules that they were scripted from"

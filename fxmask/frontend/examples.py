@@ -94,6 +94,7 @@ def _try_timestep_forms(
         return {**call, name: form}
     optional = [n for n, p in signature.parameters.parameters.items() if n not in call and n != name and p.default is None]
     hint = f" Arguments that were left at None: {optional}." if optional else ""
+    _refuse_other_batch(signature, call, batch)
     raise InputError(
         f"{type(model).__name__} does not accept the inferred arguments.{hint} If the model is conditional, its "
         "conditioning cannot be inferred: pass it with example_inputs={name: tensor}, or as a function "
@@ -115,7 +116,6 @@ def _hints(model: torch.nn.Module, signature: Signature, call: Mapping[str, Any]
 
 def _sample_shape(model: torch.nn.Module, signature: Signature, call: Mapping[str, Any], batch_size: int) -> tuple[int, ...]:
     """The sample's shape where the config has channels and size; which order and rank is found by trial."""
-    reason = ""
     if (
         isinstance(first_config(model, "channels"), int)
         and (first_config(model, "size") or first_config(model, "height")) is not None
@@ -126,12 +126,29 @@ def _sample_shape(model: torch.nn.Module, signature: Signature, call: Mapping[st
         try:
             return tuple(infer_call(model, call, batch_size, signature)[signature.sample].shape)
         except InputError as error:
-            reason = f" ({error})"
+            _refuse_other_batch(signature, call, batch_size)
+            given = ", ".join(f"{name}: {describe_value(value)}" for name, value in call.items()) or "nothing"
+            raise InputError(
+                f"the shape of {signature.sample!r} cannot be inferred: {type(model).__name__} runs with none that its config "
+                f"suggests, such as {list(first)}, and example_inputs of {given}. Change these, or pass "
+                f"example_inputs={{{signature.sample!r}: tensor}} too, of shape [batch, channels, ...] ({error})"
+            ) from None
     raise InputError(
         f"the shape of {signature.sample!r} cannot be inferred: {type(model).__name__} has no config with "
         f"{CONFIG['channels'][0]} and {CONFIG['size'][0]} that fit. Pass example_inputs={{{signature.sample!r}: tensor}} "
-        f"of shape [batch, channels, ...]{reason or _hints(model, signature, call, batch_size, [signature.sample])}"
+        f"of shape [batch, channels, ...]{_hints(model, signature, call, batch_size, [signature.sample])}"
     )
+
+
+def _refuse_other_batch(signature: Signature, call: Mapping[str, Any], batch: int) -> None:
+    """Refuse conditioning none of which is for the batch of the sample: that is why a model does not run."""
+    tensors = {n: x for n, x in call.items() if isinstance(x, torch.Tensor) and x.dim() and n != signature.sample}
+    if tensors and all(len(x) % batch for x in tensors.values()):
+        given = ", ".join(f"{name}: {describe_value(x)}" for name, x in tensors.items())
+        raise InputError(
+            f"example_inputs are not for a batch of {batch}, which is what is recorded ({given}). Pass tensors for a batch of "
+            f"{batch}, or a function (batch_size, generator) -> dict that makes them"
+        )
 
 
 def _runs(model: torch.nn.Module, signature: Signature, call: dict[str, Any], batch: int) -> bool:

@@ -43,7 +43,7 @@ def infer_call(
     """
     fixed = dict(given or {})
     refuse_unknown(model, signature, fixed)
-    if isinstance(fixed.get(signature.sample), torch.Tensor):
+    if isinstance(fixed.get(signature.sample), (torch.Tensor, list, tuple)):
         batch_size = len(fixed[signature.sample])
     search = ArgumentSearch(model, signature, fixed, batch_size, torch.Generator().manual_seed(seed))
     try:
@@ -105,7 +105,7 @@ class Trial:
             self.progress = counter.count
             self.reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             return False
-        sample = call[self.signature.sample]
+        sample = first_tensor(call[self.signature.sample])
         if output.dim() == sample.dim() and sum(a != b for a, b in zip(output.shape, sample.shape, strict=True)) <= 1:
             return True
         if not sample.is_floating_point():  # codes in, logits out

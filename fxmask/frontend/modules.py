@@ -2,9 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from typing import Any
 
 import torch
+
+from fxmask._torch import uncompiled
+from fxmask.errors import InputError
+from fxmask.ir.calls import TIMESTEP_NAMES
+
+
+def require_denoiser(model: Any) -> torch.nn.Module:
+    """The module itself, out of ``torch.compile``, PEFT and acceleration.
+
+    Raises:
+        InputError: it is no module, e.g. a whole pipeline; names the right call.
+    """
+    if isinstance(model, torch.nn.Module):
+        return unwrapped(model)
+    parts = {name: x for name, x in getattr(model, "__dict__", {}).items() if isinstance(x, torch.nn.Module)}
+    message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+    if parts and not callable(model):
+        message += f"; pass its {next(iter(parts))}"
+    elif parts:
+        name = next((name for name, x in parts.items() if _takes_timestep(x)), next(iter(parts)))
+        message += (
+            f", which holds {list(parts)}. Record a call of the pipeline with calls = fxmask.record_pipeline(pipe, ...), and "
+            "pass that to fxmask.learn(fxmask.capture(calls.denoiser, calls.calls[0][0], calls.roles), calls); or pass the "
+            f"denoiser and the scheduler alone: fxmask.accelerate(pipe.{name}, pipe.scheduler, example_inputs=...)"
+        )
+    raise InputError(message)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The denoiser behind an accelerated model, behind ``torch.compile`` or PEFT; any other module itself."""
+    while True:
+        inner = uncompiled(module)
+        wrapper: Any = inner
+        if getattr(type(inner), "is_accelerated", False):
+            inner = wrapper.original
+        elif is_adapted(inner):
+            inner = wrapper.get_base_model()
+        if inner is module:
+            return module
+        module = inner
+
+
+def is_adapted(module: torch.nn.Module) -> bool:
+    """Whether a module is a PEFT model, whose adapters are inside of the model that it wraps."""
+    return any(
+        cls.__name__ in ("PeftModel", "PeftMixedModel") and cls.__module__.startswith("peft.") for cls in type(module).__mro__
+    )
+
+
+def _takes_timestep(module: torch.nn.Module) -> bool:
+    return not set(TIMESTEP_NAMES).isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def module_device(model: torch.nn.Module) -> torch.device:
@@ -14,5 +67,6 @@ def module_device(model: torch.nn.Module) -> torch.device:
 
 
 def module_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Type of the first floating-point parameter; the default type if there is none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    """Type of the first floating-point parameter that is computed in, not only stored (float8); else the default type."""
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next((kind for kind in kinds if kind.itemsize > 1), torch.get_default_dtype())

@@ -57,8 +57,8 @@ def _carry_blocks(program: Program, fresh: Program) -> Program:
         missing = [block.name for block in program.blocks if not _same_kind(block, by_name.get(block.name))]
         if missing:
             raise CaptureError(
-                f"captured for other shapes, {type(program.model).__name__} has no blocks {missing[:5]}; "
-                "accelerate the model for these shapes separately"
+                f"captured again, {type(program.model).__name__} has no blocks {missing[:5]}, so its mask does not fit; "
+                "accelerate the model again for this form of call"
             )
         blocks = tuple(by_name[block.name] for block in program.blocks)
     return replace(fresh, blocks=blocks, fingerprint=program.fingerprint, symbolic=program.symbolic)
@@ -66,13 +66,15 @@ def _carry_blocks(program: Program, fresh: Program) -> Program:
 
 def _as_captured(program: Program) -> bool:
     """Whether the model and the modes around it are what the symbolic captures were made for."""
-    device = program.example.tensors[program.signature.sample].device.type
+    device = program.example.sample.device.type
     unchanged = program.state is None or program.state.held.same()
     return unchanged and program.ambient in (None, Ambient.now(device))
 
 
 def _same_kind(old: Block, new: Block | None) -> bool:
-    return new is not None and new.kind == old.kind and len(new.values) == len(old.values)
+    """Whether a block is the other one again; of a list of samples the output has as many values as the list."""
+    same = new is not None and new.kind == old.kind
+    return same and new is not None and (old.kind == "output" or len(new.values) == len(old.values))
 
 
 def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) -> Program | None:
@@ -87,7 +89,7 @@ def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) ->
             program.symbolic.append(made)
         graph = next(graph for graph in program.symbolic if graph.covers(bound))
         module = graph.at(bound)
-        subject = Subject(model, bound.tensors[program.signature.sample].device.type)
+        subject = Subject(model, bound.sample.device.type)
         timestep = program.signature.timestep
         inputs = usual_inputs(bound, timestep, is_looked_up(module, bound, timestep))
         difference = find_difference(module, subject, bound, inputs)

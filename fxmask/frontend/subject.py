@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxmask._torch import pytree, version_of
+from fxmask._torch import pytree, version_of, without_compiled_calls
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Snapshot
 from fxmask.guards.undo import Undo
@@ -49,8 +49,8 @@ class Subject:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """What is done to the model's Python state inside is undone."""
-        with self._undo.after():
+        """What is done to the model's Python state inside is undone; what ``module.compile()`` compiled runs as written."""
+        with self._undo.after(), without_compiled_calls(self.model):
             yield
 
     @property

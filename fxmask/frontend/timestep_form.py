@@ -22,8 +22,10 @@ def choose_timestep_form(
     subject: Subject, signature: Signature, example_inputs: Mapping[str, Any]
 ) -> tuple[Signature, BoundCall]:
     """One timestep per sample if the model computes the same with it, else the form that was given."""
-    bound = signature.bind((), example_inputs)
     given = dict(example_inputs).get(signature.timestep) if signature.timestep else None
+    if isinstance(given, torch.Tensor):
+        signature = replace(signature, timestep_type=str(given.dtype).removeprefix("torch."))
+    bound = signature.bind((), example_inputs)
     if isinstance(given, torch.Tensor) and given.dim() > 0 and given.numel() > 1:
         return signature, bound
     single = replace(signature, batched_timestep=False)

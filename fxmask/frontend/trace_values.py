@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fxmask._torch import make_fx, own_submodules, recording_graph
 from fxmask.frontend.wrapper import MODEL, WrapperWithData, distinct
 from fxmask.ir.calls import BoundCall
-from fxmask.ir.graph import mutates
+from fxmask.ir.graph import is_random, mutates
 from fxmask.ir.weights import named_tensors
 from fxmask.passes.functionalize import functionalize
 
@@ -91,7 +91,7 @@ def _fold_sizes(traced: fx.GraphModule, known: Mapping[int, str]) -> None:
             if id(held) not in known:
                 constants[node] = held
         tags = getattr(node.target, "tags", ())
-        if node.op != "call_function" or mutates(node) or torch.Tag.nondeterministic_seeded in tags:
+        if node.op != "call_function" or mutates(node) or is_random(node):
             continue
         if not node.all_input_nodes or any(given not in constants for given in node.all_input_nodes):
             continue

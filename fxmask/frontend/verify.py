@@ -84,6 +84,8 @@ def usual_inputs(bound: BoundCall, timestep: str | None, looked_up: bool = False
     for x in tensors.values():
         if x.dim() > 1 and _is_mask(x):
             changed.append(_shorter(x))
+        elif x.dim() > 1 and x.dtype == torch.bool and x.numel():
+            changed.append(_marked(x))
         elif x.is_floating_point() and x.dim() > 1:
             noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
             changed.append(x * 0.5 + noise)
@@ -159,6 +161,13 @@ def _shorter(mask: torch.Tensor) -> torch.Tensor:
     kept = row.nonzero().flatten()
     if len(kept) > 1:
         row[kept[-1]] = 0
+    return changed
+
+
+def _marked(mask: torch.Tensor) -> torch.Tensor:
+    """An empty mask with its last entry set: what is padded is often given so."""
+    changed = mask.clone()
+    changed.view(-1)[-1] = True
     return changed
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fxmask.frontend.casts import casts_recorded
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.outputs import flatten_output
 
@@ -30,11 +31,14 @@ class Wrapper(torch.nn.Module):
 
 
 class WrapperWithData(Wrapper):
-    """Reads ``.data`` as ``.detach()``: a write through ``.data`` is seen by no tracer and would be lost."""
+    """Reads ``.data`` as ``.detach()``: a write through ``.data`` is seen by no tracer and would be lost.
+
+    Weights that are converted for a layer's forward (``layer.to(dtype)``) become casts.
+    """
 
     def forward(self, *tensors: torch.Tensor) -> Tensors:
         """The flat outputs of the model."""
-        with _DataIsDetach():
+        with _DataIsDetach(), casts_recorded(self.model):
             return super().forward(*tensors)
 
 

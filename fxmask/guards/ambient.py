@@ -76,4 +76,5 @@ def _cudnn_tf32() -> bool:
 
 
 def _sdpa() -> list[bool]:
-    return [bool(getattr(torch.backends.cuda, name)()) for name in SDPA]
+    fast_path: Any = torch.backends.mha.get_fastpath_enabled  # nested tensors give zeros where a padding mask says so
+    return [*(bool(getattr(torch.backends.cuda, name)()) for name in SDPA), bool(fast_path())]

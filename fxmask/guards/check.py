@@ -6,6 +6,7 @@ later without anybody noticing. A difference is therefore a question, which a ne
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -15,7 +16,8 @@ from typing import Any
 import numpy
 import torch
 
-from fxmask._torch import hooks_so_far
+from fxmask._torch import GLOBAL_HOOKS, hooks_so_far
+from fxmask.guards.code import is_foreign
 
 PER_STEP = 200  # values that are looked at in each step of a run: some 8 microseconds
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -38,6 +40,8 @@ class Held:
         self.arrays: list[numpy.ndarray[Any, Any]] = []
         self.cells: list[Any] = []
         self._kept: list[Any] = []
+        self._hooks = 0
+        self._numbers_of_hooks: list[int] = []
         self._sized: list[Sized] = []
         self._internal: list[dict[Any, Any]] = []
         self._hooked: list[dict[int, Any]] = []
@@ -137,15 +141,18 @@ class Held:
 
     def _no_new_hooks(self) -> bool:
         if hooks_so_far() != self._hooks:
-            if list(map(len, self._hooked)) != self._numbers_of_hooks:
+            if self._hooks_now() != self._numbers_of_hooks:
                 return False
             self._hooks = hooks_so_far()
         return True
 
+    def _hooks_now(self) -> list[int]:
+        return [len(users_global_hooks()), *map(len, self._hooked)]
+
     def live_containers(self) -> list[Any]:
         """Everything that can be changed in place: attribute dictionaries, containers of the user's and of PyTorch's."""
-        found = {id(x): x for x in [*self._sized, *self._internal, *self._data, *self._hooked] if isinstance(x, (dict, list, set, deque))}
-        return list(found.values())
+        watched = [*self._sized, *self._internal, *self._data, *self._hooked]
+        return list({id(x): x for x in watched if isinstance(x, (dict, list, set, deque))}.values())
 
     def _read(self) -> Iterator[Any]:
         return chain(
@@ -159,7 +166,7 @@ class Held:
     def _freeze_step(self) -> None:
         """Choose what is looked at in each step: small containers, closures, then numbers, then objects, then the rest."""
         self._hooks = hooks_so_far()
-        self._numbers_of_hooks = list(map(len, self._hooked))
+        self._numbers_of_hooks = self._hooks_now()
         self._small = len(self._sized) + len(self._values) + len(self._internal) + len(self.tensors) <= PER_STEP // 2
         left = PER_STEP
         self._step_sized: list[Any] = []
@@ -190,6 +197,12 @@ class Held:
             _contents(self._step_sized),
             map(_contents_of, self._step_cells),
         )
+
+
+def users_global_hooks() -> list[Any]:
+    """Forward hooks of all modules, but for those of PyTorch's own tools, which count FLOPs or track modules."""
+    hooks = [hook for hooks in GLOBAL_HOOKS for hook in hooks.values()]
+    return [hook for hook in hooks if isinstance(hook, functools.partial) or is_foreign(hook)]
 
 
 def _is_plain(value: Any) -> bool:

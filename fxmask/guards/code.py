@@ -149,8 +149,4 @@ def _words(constants: Iterable[Any]) -> Iterator[str]:
 
 def _is_special(name: str) -> bool:
     """Methods that Python calls without naming them."""
-    return (
-        name.startswith("__")
-        and name.endswith("__")
-        and name not in ("__repr__", "__reduce__", "__del__", *NEVER_READ)
-    )
+    return name.startswith("__") and name.endswith("__") and name not in ("__repr__", "__reduce__", "__del__", *NEVER_READ)

@@ -23,28 +23,17 @@ from typing import Any
 import numpy
 import torch
 
-from fxmask._torch import GLOBAL_HOOKS, HOOKS, MODULE_INTERNALS, OpOverload, OpOverloadPacket, own_tensors_by_name
-from fxmask.guards.check import Held
+from fxmask._torch import HOOKS, MODULE_INTERNALS, OpOverload, OpOverloadPacket, own_tensors_by_name
+from fxmask.guards.check import Held, users_global_hooks
 from fxmask.guards.code import ReachedCode, functions_in, is_foreign, names_read
 
 MOST_OBJECTS = 100_000  # that are looked at; a model that holds more holds something that is no part of it
 ALWAYS_READ = frozenset({"training", "forward"})  # by PyTorch itself
 # Methods of PyTorch's layers that no forward calls.
-NOT_IN_FORWARD = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "_reset_parameters", "__setstate__", "__dir__"})
+NOT_IN_FORWARD = frozenset({"__init__", "__repr__", "__dir__", "__setstate__", "extra_repr", "reset_parameters"})
 IMMUTABLE = (
-    type(None),
-    bool,
-    int,
-    str,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.layout,
-    torch.memory_format,
-    range,
-    slice,
-    type(...),
+    *(type(None), bool, int, str, bytes, range, slice, type(...)),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
 OPAQUE = (
     types.ModuleType,
@@ -147,10 +136,13 @@ class Snapshot:
     def _hooks(self, hooks: dict[int, Any], path: str) -> None:
         self.held.hooks(hooks)
         for k, hook in enumerate(hooks.values()):
-            name = getattr(hook, "__qualname__", type(hook).__name__)
-            self.tokens[f"{path} {k}"] = ("hook", name)
-            self.hooks.append(f"{path} {name}")
-            self._note(hook, f"{path} {name}")
+            self._hook(hook, f"{path} {k}")
+
+    def _hook(self, hook: Any, path: str) -> None:
+        name = getattr(hook, "__qualname__", type(hook).__name__)
+        self.tokens[path] = ("hook", name)
+        self.hooks.append(f"{path.rsplit(' ', 1)[0]} {name}")
+        self._note(hook, f"{path} {name}")
 
     def _attributes(self, owner: Any, names: list[str], prefix: str) -> None:
         state, cls = vars(owner), type(owner)
@@ -278,8 +270,8 @@ class Snapshot:
             self._class(base, done)
         for function in list(self._code.functions.values()):
             self._globals(function, done)
-        for k, hooks in enumerate(GLOBAL_HOOKS):
-            self._hooks(hooks, f"every module's global forward hook {k}")
+        for k, hook in enumerate(users_global_hooks()):
+            self._hook(hook, f"every module's forward hook {k}")
 
     def _class(self, cls: type, done: set[type]) -> None:
         if cls in done or cls in (object, torch.nn.Module):

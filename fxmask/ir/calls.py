@@ -74,6 +74,7 @@ class BoundCall:
         spec: tree structure of ``arguments``.
         layout: for each leaf its name, in tree order.
         timestep: the timestep as it was given.
+        samples: leaf names of the sample: one, or one for each tensor of a list.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -82,6 +83,22 @@ class BoundCall:
     spec: pytree.TreeSpec
     layout: tuple[str, ...]
     timestep: Any = None
+    samples: tuple[str, ...] = ()
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The noisy sample; of a list of them the first tensor, whose type and place are those of all."""
+        return self.tensors[self.samples[0]]
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples there are."""
+        return len(self.samples) if self.is_list else int(self.sample.shape[0])
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the samples come as a list of tensors, which may differ in size."""
+        return "." in self.samples[0]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -139,6 +156,7 @@ class Signature:
         timestep: name of the parameter that holds the timestep; ``None`` if the model takes none.
         batched_timestep: whether the graph takes one timestep per sample (``[B]``) rather than a single one (``[]``).
         one_timestep: whether a single one has the form ``[1]``.
+        timestep_type: type of the captured timestep, ``"int64"``, if it was a tensor: numbers without a type get it, too.
         fixed: leaf names of tensors whose values a graph is specialised to, like numbers and strings; for masks and
             lengths that decide sizes.
     """
@@ -148,6 +166,7 @@ class Signature:
     timestep: str | None
     batched_timestep: bool = True
     one_timestep: bool = False
+    timestep_type: str = ""
     fixed: tuple[str, ...] = ()
 
     @classmethod
@@ -177,7 +196,10 @@ class Signature:
         if sample is None:
             sample = _first(n for n in SAMPLE_NAMES if n in named and n not in given) or _first(named)
         if sample is None:
-            raise InputError(f"{type(model).__name__}.forward takes no named argument that could be the sample")
+            raise InputError(
+                f"{type(model).__name__}.forward takes no named argument that could be the sample. If it only wraps the "
+                f"denoiser, pass that: model.module, or what else it is called ({[n for n, _ in model.named_children()][:5]})"
+            )
         if timestep is None:
             timestep = _first(n for n in TIMESTEP_NAMES if n in named and n not in given and n != sample)
         if timestep is None and len(named) > 1:
@@ -191,7 +213,7 @@ class Signature:
         """Flatten one call.
 
         Raises:
-            InputError: the arguments do not fit the signature, or the sample is not a tensor.
+            InputError: the arguments do not fit the signature, or the sample is neither a tensor nor a list of tensors.
         """
         try:
             bound = self.parameters.bind(*args, **kwargs)
@@ -200,19 +222,27 @@ class Signature:
         bound.apply_defaults()
         arguments = {n: _without_numpy(x) for n, x in _inline_variadic(self.parameters, bound.arguments).items()}
         sample = arguments.get(self.sample)
-        if not isinstance(sample, torch.Tensor):
+        samples: Any = [sample] if isinstance(sample, torch.Tensor) else sample
+        if not isinstance(samples, (list, tuple)) or not samples or not all(isinstance(x, torch.Tensor) for x in samples):
             raise InputError(
-                f"argument {self.sample!r} is the sample and must be a tensor, got {type(sample).__name__}; "
+                f"argument {self.sample!r} is the sample and must be a tensor or a list of tensors, got {_kind(sample)}; "
                 "pass roles={...} if another argument is the sample"
             )
+        single = isinstance(sample, torch.Tensor)
+        batch = (samples[0].shape[0] if samples[0].dim() else 1) if single else len(samples)
         given = arguments.get(self.timestep) if self.timestep is not None else None
         if self.timestep is not None:
-            arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), sample)
+            arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), samples[0].device, batch)
         pairs, spec = pytree.tree_flatten_with_path(opened(arguments))
         leaves = [(path, self._canonical_leaf(leaf_name(path), leaf)) for path, leaf in pairs]
         tensors = {leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
         static = tuple((leaf_name(path), leaf) for path, leaf in leaves if not isinstance(leaf, torch.Tensor))
-        return BoundCall(tensors, static, arguments, spec, tuple(leaf_name(path) for path, _ in leaves), given)
+        names = tuple(name for name in tensors if self.is_sample(name))
+        return BoundCall(tensors, static, arguments, spec, tuple(leaf_name(path) for path, _ in leaves), given, names)
+
+    def is_sample(self, name: str) -> bool:
+        """Whether a leaf is the sample, or a tensor of the list that is the sample."""
+        return name.split(".")[0] == self.sample
 
     def _canonical_leaf(self, name: str, leaf: Any) -> Any:
         """Values where a graph is specialised to them; else memory in one order, which a graph is specialised to."""
@@ -222,18 +252,31 @@ class Signature:
             return FixedTensor(leaf)
         return leaf if leaf.dim() < 2 else leaf.contiguous()
 
-    def _canonical_timestep(self, timestep: Any, sample: torch.Tensor) -> Any:
+    def _type_of_number(self, timestep: int | float) -> torch.dtype:
+        """Type for a timestep that is a plain number: the captured one's, if that holds it."""
+        captured: torch.dtype | None = getattr(torch, self.timestep_type) if self.timestep_type else None
+        if captured is not None and (captured.is_floating_point or float(timestep).is_integer()):
+            return captured
+        return torch.int64 if isinstance(timestep, int) else torch.float64
+
+    def _canonical_timestep(self, timestep: Any, device: torch.device, batch: int) -> Any:
         if isinstance(timestep, bool) or not isinstance(timestep, (int, float, torch.Tensor)):
             return timestep
         if not isinstance(timestep, torch.Tensor):
-            dtype = torch.int64 if isinstance(timestep, int) else torch.float64
-            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
+            dtype = self._type_of_number(timestep)
+            timestep = torch.full((), timestep, dtype=dtype, device=device)
         single = timestep.dim() == 0 or timestep.numel() == 1
         if self.batched_timestep and single:
-            return timestep.to(sample.device).reshape(1).expand(sample.shape[0])
+            return timestep.to(device).reshape(1).expand(batch)
         if not self.batched_timestep and single:
-            return timestep.to(sample.device).reshape((1,) if self.one_timestep else ())
+            return timestep.to(device).reshape((1,) if self.one_timestep else ())
         return timestep
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {', '.join(dict.fromkeys(type(x).__name__ for x in value)) or 'nothing'}"
+    return type(value).__name__
 
 
 def _without_numpy(value: Any) -> Any:

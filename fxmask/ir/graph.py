@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxmask._torch import HigherOrderOperator, OpOverload
+
 MARK = "fxmask_"  # keys of ``meta`` that passes set for later ones begin so
 
 
@@ -16,6 +18,31 @@ def mutates(node: fx.Node) -> bool:
     """Whether the node's operator writes to one of its inputs."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
+
+
+def made_functional(node: fx.Node) -> Any:
+    """The operator that a node calls on copies of the arguments that it writes to; ``None`` for any other node.
+
+    ``auto_functionalized(op, x=%x, _all_bases=[%out])`` is ``op(%x, out)`` on a copy of ``%out``, which it returns.
+    """
+    wrapped = isinstance(node.target, HigherOrderOperator) and str(node.target).startswith("auto_functionalized")
+    return node.args[0] if wrapped and isinstance(node.args[0], OpOverload) else None
+
+
+def operator_of(node: fx.Node) -> Any:
+    """What a node calls: its target, or the operator that it calls on copies."""
+    return made_functional(node) or node.target
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node's operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(operator_of(node), "tags", ())
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that a node was recorded in; empty for the model itself."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
 
 
 def is_assert(node: fx.Node) -> bool:

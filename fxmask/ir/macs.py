@@ -96,12 +96,32 @@ ATTENTION = (
     aten._scaled_dot_product_cudnn_attention,
 )
 COUNTERS.update(dict.fromkeys(ATTENTION, _attention))
+# Products with quantised weights; which of them there are depends on the version of PyTorch.
+QUANTISED = (
+    "_int_mm _scaled_mm _grouped_mm _scaled_grouped_mm _weight_int8pack_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu "
+    "_dyn_quant_matmul_4bit"
+)
+COUNTERS.update({getattr(aten, name): _matmul for name in QUANTISED.split() if hasattr(aten, name)})
 
 
 def count_macs(node: fx.Node) -> int:
     """Multiply-accumulates of one node; 0 for everything that is not a matrix product, convolution or attention."""
     counter = COUNTERS.get(getattr(node.target, "overloadpacket", None)) if node.op == "call_function" else None
+    if counter is None and _is_foreign_product(node):
+        counter = _matmul
     return counter(node) if counter else 0
+
+
+def _is_foreign_product(node: fx.Node) -> bool:
+    """Whether an operator of another library takes ``[..., K]`` and a matrix of bytes, and gives ``[..., N]``: a layer with
+    quantised weights."""
+    if getattr(node.target, "namespace", "aten") == "aten" or len(node.args) < 2:
+        return False
+    values: list[Any] = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (*node.args[:2], node)]
+    x, weight, result = values
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    return bool(weight.dim() == 2 and weight.dtype.itemsize == 1 and x.dim() > 1 and x.shape[:-1] == result.shape[:-1])
 
 
 def count_attention_macs(node: fx.Node) -> int:

@@ -32,6 +32,8 @@ class Mask:
         forecast: how loaded values are formed; ``None`` is plain reuse everywhere.
         fingerprint: fingerprint of the program that the mask was made for, or ``None`` if it fits any program
             with blocks of these names.
+        sampler: of what it was made for, as plain data; ``None`` if that is not known. Nothing here reads it: it is for those
+            who save the mask.
 
     Raises:
         MaskError: a wrong shape, an unknown or repeated block, or a load with nothing stored before it.
@@ -42,14 +44,15 @@ class Mask:
     blocks: tuple[str, ...]
     forecast: Forecast | None = None
     fingerprint: str | None = None
+    sampler: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         compute = torch.as_tensor(self.compute).detach().cpu().bool().clone()
-        timesteps = torch.as_tensor(self.timesteps, dtype=torch.float64).flatten().tolist()
+        timesteps = as_timesteps(self.timesteps)
         blocks = tuple(str(name) for name in self.blocks)
         forecast = Forecast(self.forecast) if isinstance(self.forecast, Mapping) else self.forecast
         object.__setattr__(self, "compute", compute)
-        object.__setattr__(self, "timesteps", tuple(timesteps))
+        object.__setattr__(self, "timesteps", timesteps)
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "forecast", forecast)
         expected = (len(timesteps), len(blocks))
@@ -99,10 +102,10 @@ class Mask:
     @classmethod
     def ones(cls, program: Program, timesteps: Iterable[float]) -> Mask:
         """The mask that computes every block of ``program`` at every step: ``[T, B]`` of ones."""
-        steps = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
+        steps = as_timesteps(timesteps)
         names = tuple(block.name for block in program.blocks)
         ones = torch.ones(len(steps), len(names), dtype=torch.bool)
-        return cls(ones, tuple(steps.tolist()), names, fingerprint=program.fingerprint)
+        return cls(ones, steps, names, fingerprint=program.fingerprint)
 
     @property
     def num_steps(self) -> int:
@@ -173,6 +176,20 @@ class Mask:
 
     def __hash__(self) -> int:
         return hash((self.timesteps, self.blocks, self.compute.numpy().tobytes()))
+
+
+def as_timesteps(timesteps: Any) -> tuple[float, ...]:
+    """Timesteps given as numbers or as a tensor.
+
+    Raises:
+        MaskError: they are something else, e.g. the run that has them.
+    """
+    try:
+        return tuple(torch.as_tensor(timesteps, dtype=torch.float64).flatten().tolist())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MaskError(
+            f"timesteps must be numbers, got {type(timesteps).__name__} ({error}); of a recorded run pass run.timesteps"
+        ) from None
 
 
 def as_names(blocks: Sequence[Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fxmask.errors import CaptureError
+from fxmask.errors import CaptureError, InputError
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Snapshot
 from fxmask.ir.assumptions import Assumptions
@@ -74,7 +74,7 @@ class Program:
     @property
     def batch_size(self) -> int:
         """Batch size of the captured call."""
-        return int(self.example.tensors[self.signature.sample].shape[0])
+        return self.example.batch_size
 
     @property
     def branches(self) -> tuple[Block, ...]:
@@ -93,11 +93,11 @@ class Program:
 
     @functools.cached_property
     def input_block(self) -> Block:
-        """The noisy sample as a block of no cost, never skipped, which forecasts may read."""
+        """The noisy sample as a block of no cost, never skipped, which forecasts may read; the first one of a list."""
         placeholders = list(self.graph_module.graph.find_nodes(op="placeholder"))
-        node = placeholders[self.inputs.index(self.signature.sample)]
-        value = self.example.tensors[self.signature.sample]
-        return Block(INPUT, "input", (node.name,), 0, value.numel() * value.element_size() // max(1, self.batch_size))
+        node, value = placeholders[self.inputs.index(self.example.samples[0])], self.example.sample
+        batch = 1 if self.example.is_list else max(1, self.batch_size)
+        return Block(INPUT, "input", (node.name,), 0, value.numel() * value.element_size() // batch)
 
     def block(self, name: str) -> Block:
         """The block of that name; ``KeyError`` if there is none."""
@@ -117,6 +117,19 @@ class Program:
             raise CaptureError(
                 f"{type(self.model).__name__} was captured without weights, on fake tensors: its blocks and MACs can be read, "
                 "but it cannot run. Load the weights and capture it again"
+            )
+
+    def require_one_sample(self) -> None:
+        """Refuse a denoiser whose sample is a list of tensors, for what follows one sample through a sampler.
+
+        Raises:
+            InputError: names the argument.
+        """
+        if self.example.is_list:
+            raise InputError(
+                f"{type(self.model).__name__} takes its sample ({self.signature.sample!r}) as a list of tensors, and a mask is "
+                "learned from samples that are one tensor; give a mask instead, e.g. fxmask.policies.interval(2)(program, "
+                "timesteps)"
             )
 
     def require_assumed(self, bound: BoundCall, where: str) -> None:

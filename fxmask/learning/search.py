@@ -42,6 +42,7 @@ from fxmask.learning.progress import Progress
 from fxmask.learning.ranks import Group
 from fxmask.learning.schedule import Origin, Schedule
 from fxmask.learning.student import Student
+from fxmask.sampling.same_sampler import describe_difference
 from fxmask.sampling.sampler import ChangesSteps, Sampler
 
 logger = logging.getLogger(__name__)
@@ -316,6 +317,11 @@ def _check_together(trajectories: Sequence[Sampler]) -> None:
             raise InputError(
                 f"recorded runs 0 and {n} have different timesteps or numbers of calls per step; record all of them with one "
                 "scheduler and one set of pipeline arguments"
+            )
+        difference = describe_difference(first, other) if n else None
+        if difference is not None:
+            raise InputError(
+                f"recorded runs 0 and {n} come from different samplers ({difference}); record all of them with one scheduler"
             )
 
 

@@ -32,6 +32,7 @@ from fxmask.learning.forms import Forms
 from fxmask.learning.ranks import Group
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse
 from fxmask.passes.cut_graph import CutGraph, cut_graph
+from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Call, Loop, Sampler
 
 
@@ -142,7 +143,13 @@ class Student:
             names,
             Forecast(terms) if terms else None,
             self.program.fingerprint,
+            self.sampler,
         )
+
+    @functools.cached_property
+    def sampler(self) -> dict[str, Any] | None:
+        """Facts about the sampler that all trajectories come from."""
+        return sampler_facts(self.trajectories[0])
 
     # Rolling out
 

@@ -326,5 +326,5 @@ def _equal(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
 
 def _types_of(bound: BoundCall, variant: Variant) -> list[torch.dtype]:
     """Types that a timestep may have been rounded to: its own, and the sample's."""
-    sample = bound.tensors[variant.program.signature.sample].dtype
+    sample = bound.sample.dtype
     return [bound.timestep.dtype, sample] if isinstance(bound.timestep, torch.Tensor) else [torch.float64, sample]

@@ -36,6 +36,7 @@ from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
 from fxmask.runtime.generation import Generation, InferredGeneration
 from fxmask.runtime.report import Report
+from fxmask.runtime.stand_in import stand_in
 from fxmask.runtime.variants import Variants
 from fxmask.storage.packages import write_package
 from fxmask.storage.plans import save_mask
@@ -80,6 +81,11 @@ class AcceleratedModel(torch.nn.Module):
     """
 
     is_accelerated: ClassVar[bool] = True  # what an instance says of its class is the original's
+
+    def __new__(cls, program: Program, *_: Any, **__: Any) -> AcceleratedModel:
+        """An instance of a class that compares equal to the original's."""
+        made: AcceleratedModel = super().__new__(stand_in(cls, type(program.model)))
+        return made
 
     def __init__(
         self,
@@ -309,7 +315,7 @@ class AcceleratedModel(torch.nn.Module):
 
     def __dir__(self) -> list[str]:
         """The original's names and ours."""
-        own = [name for cls in type(self).__mro__[:1] for name in vars(cls) if not name.startswith("_")]
+        own = [name for name in vars(AcceleratedModel) if not name.startswith("_")]
         return sorted({*dir(self.original), *own} - {"is_accelerated"})
 
     def train(self, mode: bool = True) -> AcceleratedModel:

@@ -54,4 +54,4 @@ class Timetable:
 
 def _fits(value: float, kind: torch.dtype) -> bool:
     """Whether a type holds this very number, so that it may have been rounded to it."""
-    return (math.frexp(value)[0] * 2 ** BITS[kind]).is_integer()
+    return math.ldexp(math.frexp(value)[0], BITS[kind]).is_integer()

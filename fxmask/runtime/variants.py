@@ -155,7 +155,7 @@ class Variants:
 
     def ambient(self, bound: BoundCall) -> Ambient:
         """The modes around a call."""
-        return Ambient.now(bound.tensors[self.program.signature.sample].device.type)
+        return Ambient.now(bound.sample.device.type)
 
     def of(self, bound: BoundCall) -> Variant | None:
         """The variant for a call, captured now if it is new; ``None`` if the original model must run."""
@@ -273,7 +273,7 @@ class Variants:
         return any(x.device != place for x in self._model.parameters()) or any(x.device != place for x in self._model.buffers())
 
     def _place(self, bound: BoundCall) -> torch.device:
-        return bound.tensors[self.program.signature.sample].device
+        return bound.sample.device
 
 
 def _tensors_differ(before: Snapshot, now: Snapshot) -> bool:

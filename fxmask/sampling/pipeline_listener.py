@@ -42,7 +42,8 @@ class PipelineListener:
 
     Args:
         tape: of all random draws.
-        component: name of the denoiser; ``None``: the last component called before the first step.
+        component: name of the denoiser; ``None``: the last component called before the first step. Where it is given, steps
+            that wait for another denoiser are not its steps, and what is heard ends with the last of its own.
         model: runs in place of the denoiser.
     """
 
@@ -59,16 +60,20 @@ class PipelineListener:
         self.step_kwargs: dict[str, Any] = {}
         self.step_timesteps: list[Any] = []
         self.num_scheduler_steps = 0
-        self.initial: torch.Tensor | None = None
+        self.start: torch.Tensor | None = None  # the sample before the first step of all
+        self.initial: torch.Tensor | None = None  # before the first step of the denoiser
         self.final: torch.Tensor | None = None
         self.end = 0  # random tensors drawn until the last step
         self._kept = CopyStore()
+        self._before: list[HeardCall] = []
         self._pending: list[HeardCall] = []
+        self._own = False  # whether the step under way is the denoiser's
+        self._count = 0  # of scheduler steps, whosever
 
     def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a component; keep what it was given and what it returned where that may be needed."""
         is_denoiser = entry.component == self.component and entry.method == "forward"
-        keep = self.stepping is None or is_denoiser
+        keep = is_denoiser or not self.steps
         heard = HeardCall(entry, len(self.tape.tensors))
         if keep:
             heard.given = self._kept(f"{entry.component}.{entry.method}", (args, kwargs))
@@ -86,25 +91,26 @@ class PipelineListener:
     def stepped(self, scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a scheduler's step; what was called since the last one belongs to it."""
         names = [heard.entry.component for heard in self._pending if heard.entry.method == "forward"]
-        first = self.stepping is None
+        first, opening = self.stepping is None, not self.steps
         if first:
             self._begin(scheduler, names)
         if first or names:
-            self._close(names)
-        self._pending.clear()
+            self._own = self._close(names)
+        opening = opening and self._own
         given = list(inspect.signature(step).bind(*args, **kwargs).arguments.items())
-        if first or names:
+        if self._own and (opening or names):
             self.step_timesteps.append(given[1][1] if len(given) > 1 else None)
-        before = [x.detach().clone() for _, x in given[1:] if isinstance(x, torch.Tensor)] if first else []
+        before = [x.detach().clone() for _, x in given[1:] if isinstance(x, torch.Tensor)] if first or opening else []
         result = step(*args, **kwargs)
-        self.num_scheduler_steps += 1
-        self.end = len(self.tape.tensors)
-        if scheduler is self.stepping:
-            self.final = first_tensor(result).detach().clone()
+        self._count += 1
+        made = first_tensor(result).detach().clone()
         if first:
-            assert self.final is not None
-            shape = self.final.shape
-            self.initial = next((x for x in before if x.shape == shape), None)
+            self.start = _like(made, before)
+        if self._own:
+            self.num_scheduler_steps, self.end = self._count, len(self.tape.tensors)
+            self.final = made if scheduler is self.stepping else self.final
+        if opening:
+            self.initial = _like(made, before)
             plain = {k: v for k, v in given[1:] if k in kwargs and isinstance(v, (bool, int, float, str))}
             self.step_kwargs = {k: v for k, v in plain.items() if k != "return_dict"}
         return result
@@ -115,27 +121,32 @@ class PipelineListener:
         if self.component is None:
             self.component = names[-1] if names else None
 
-    def _close(self, names: Sequence[str]) -> None:
-        """End a step: find the denoiser's calls in it.
+    def _close(self, names: Sequence[str]) -> bool:
+        """End a step: find the denoiser's calls in it. Whether there are any.
 
         Raises:
-            InputError: there are none, or another component would be the denoiser here.
+            InputError: another component would be the denoiser here, and none was asked for.
         """
         at = len(self.steps)
+        pending, self._pending = self._pending, []
         if self.component is None:
             raise InputError(
                 "scheduler.step was called before any module that is an attribute of the pipeline; the denoiser must be one"
             )
-        calls = [h for h in self._pending if h.entry.component == self.component and h.entry.method == "forward"]
-        if not calls or (names[-1] != self.component and not self.asked):
+        calls = [h for h in pending if h.entry.component == self.component and h.entry.method == "forward"]
+        if not self.asked and (not calls or names[-1] != self.component):
+            other = names[-1] if names else "nothing"
             raise InputError(
-                f"step {at} of the sampler waits for {names[-1] if names else 'nothing'!r}, not for {self.component!r}, the "
-                "denoiser of the steps before or the one asked for: this run uses more than one denoiser, and a mask is for "
-                "one. Record a run that uses only one of them throughout"
+                f"step {at} of the sampler waits for {other!r}, not for {self.component!r}, the denoiser of the steps before: "
+                "this run uses more than one denoiser, and a mask is for one. Record the steps of each by itself, with "
+                f"record_pipeline(..., component={self.component!r}) and component={other!r}, and accelerate each"
             )
         if not self.steps:
-            before = self._pending[: self._pending.index(calls[0])]
-            self.prologue = [h for h in before if h.output is not None and not h.drew]
+            before = [*self._before, *(pending[: pending.index(calls[0])] if calls else pending)]
+            self._before = [h for h in before if h.output is not None and not h.drew]
+        if not calls:
+            return False
+        self.prologue = self._before
         if any(h.drew for h in calls):
             raise InputError(f"{self.component!r} draws random numbers when it is called; its values cannot be cached")
         if any(h.output is None for h in calls):
@@ -144,6 +155,12 @@ class PipelineListener:
                 "accelerated"
             )
         self.steps.append(calls)
+        return True
+
+
+def _like(made: torch.Tensor, given: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The sample among what a scheduler was given: it has the shape of what the scheduler made of it."""
+    return next((x for x in given if x.shape == made.shape), None)
 
 
 def check_one_denoiser(recorder: PipelineListener) -> None:
@@ -151,6 +168,8 @@ def check_one_denoiser(recorder: PipelineListener) -> None:
     if not recorder.steps or recorder.initial is None:
         called = f"it called {sorted(recorder.seen)}" if recorder.seen else "it called none of its modules"
         what = "never called scheduler.step" if not recorder.steps else "gave scheduler.step no sample"
+        if recorder.stepping is not None and not recorder.steps:
+            raise InputError(f"component={recorder.component!r} is called in no step of the sampler; {called}")
         raise InputError(
             f"the pipeline {what} on a scheduler that it holds, so its sampling loop cannot be told apart ({called}). Record "
             "the denoiser with fxmask.record(model, scheduler, example_inputs=...)"

@@ -44,7 +44,17 @@ class PlayedCall:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """How a recorded call of a pipeline is made again."""
+    """How a recorded call of a pipeline is made again, until the last step of its denoiser.
+
+    Attributes:
+        pipe: a copy of the pipeline.
+        arguments: of the call.
+        draws: every random tensor.
+        prologue: what other components returned before the first denoiser call.
+        answers: how each prediction is put in place.
+        num_scheduler_steps: until the last step of the denoiser.
+        start: the sample before the first step of all; another denoiser's, perhaps.
+    """
 
     pipe: Any
     arguments: PipelineArguments
@@ -52,6 +62,7 @@ class RecordedRun:
     prologue: tuple[PlayedCall, ...]
     answers: tuple[Answer, ...]
     num_scheduler_steps: int
+    start: torch.Tensor | None = None
 
 
 class _Finished(BaseException):

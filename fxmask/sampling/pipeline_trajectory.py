@@ -37,7 +37,7 @@ PROPORTIONAL = 1e-2  # a start noise that was passed in, and the first sample ma
 class PipelineTrajectory(Recording):
     """One recorded call of a pipeline.
 
-    ``loop`` and ``rollout`` run the pipeline again, from its arguments to its last scheduler step, with the same random
+    ``loop`` and ``rollout`` run the pipeline again, from its arguments to the last step of the denoiser, with the same random
     draws. What other components computed before the first denoiser call is played back; later calls of them (ControlNets)
     are made again. Of a denoiser with several outputs the first one is replayed and the others are the recorded ones.
     Callbacks in the arguments are called in every replay.
@@ -82,9 +82,10 @@ class PipelineTrajectory(Recording):
 
     def _started_from(self, given: torch.Tensor) -> bool:
         """Whether the first sample is this argument, up to a factor."""
-        if given.shape != self.initial_noise.shape or not given.is_floating_point():
+        start = self.initial_noise if self.run.start is None else self.run.start
+        if given.shape != start.shape or not given.is_floating_point():
             return False
-        a, b = self.initial_noise.double().flatten(), given.to(self.initial_noise.device).double().flatten()
+        a, b = start.double().flatten(), given.to(start.device).double().flatten()
         if not bool(b.any()):
             return False
         return bool((a - b * (a @ b) / (b @ b)).norm() <= PROPORTIONAL * a.norm())
@@ -115,14 +116,16 @@ def record_pipeline(pipe: Any, *args: Any, component: str | None = None, **kwarg
         pipe: any object that holds modules and a scheduler as attributes and calls ``scheduler.step``.
         args: of the pipeline's call.
         component: name of the denoiser among the pipeline's attributes, where the last module called before each
-            ``scheduler.step`` is not it.
+            ``scheduler.step`` is not it. Of a pipeline that uses several denoisers one after the other, the trajectory is that
+            part of the run in which this one is called: from the sample that it is handed to the one that it hands on.
         kwargs: of the pipeline's call.
 
     Returns:
         The trajectory of this call: ``fxmask.capture(t.denoiser, t.calls[0][0], roles=t.roles)`` and then ``fxmask.learn``.
 
     Raises:
-        InputError: the pipeline has no modules, never steps a scheduler, or uses two denoisers; names them.
+        InputError: the pipeline has no modules, never steps a scheduler, or uses two denoisers and none of them was asked
+            for; names them.
     """
     names = [name for name, value in getattr(pipe, "__dict__", {}).items() if isinstance(value, Module)]
     holds = names or any(is_pipeline(value) for value in getattr(pipe, "__dict__", {}).values())
@@ -189,7 +192,13 @@ def _record(
         component=recorder.component,
         roles=_roles(calls, signature),
         run=RecordedRun(
-            pipe, again, tuple(tape.tensors[: recorder.end]), prologue, tuple(answers), recorder.num_scheduler_steps
+            pipe,
+            again,
+            tuple(tape.tensors[: recorder.end]),
+            prologue,
+            tuple(answers),
+            recorder.num_scheduler_steps,
+            recorder.start,
         ),
     )
 

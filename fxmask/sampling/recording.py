@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxmask.errors import InputError
 from fxmask.ir.outputs import first_tensor
 from fxmask.sampling.sampler import Call, Denoiser, Loop
 
@@ -75,6 +76,8 @@ class Recording(ABC):
         Returns:
             The final samples, ``[B, ...]``.
         """
+        if not callable(denoiser):
+            raise InputError(f"a {type(denoiser).__name__} cannot be called; roll out a model, or what fxmask.compile makes")
         generation = getattr(denoiser, "generation", contextlib.nullcontext)
         loop = self.loop()
         try:

@@ -1,7 +1,7 @@
 """What a plan depends on in the sampler it was made for, as plain data, and whether another one is the same.
 
-A plan is for the timesteps that the denoiser was given. A scheduler makes these from its configuration and the number of steps,
-unless the pipeline hands it sigmas of its own, or a shift by the size of the image; then configurations are all there is to compare.
+A plan is for the timesteps that the denoiser was given. A scheduler makes these from its configuration and the number of steps.
+Where a pipeline hands it sigmas of its own, or a shift by the image's size, configurations are all there is to compare.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fxmask.sampling.schedulers import prepare_scheduler
 ROUNDING = 1e-3  # of the largest timestep: grids are made in several types
 LONGEST = 10  # times as many steps as a plan has: image to image begins in the middle of a longer run
 SCALES = (1.0, 1e-3)  # denoisers are given the scheduler's timestep, or a thousandth of it
+TRAINING = 10.0  # larger ones count steps of training; logarithms of sigmas, and sigmas between 0 and 1, are smaller
 
 
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
 def sampler_facts(run: Any) -> dict[str, Any] | None:
     """What a plan depends on in the sampler of a recorded run.
 
-    ``scheduler``, ``num_inference_steps``, plain ``scheduler_kwargs`` and ``step_kwargs``, and ``scheduler_timesteps``, where these
-    follow from the former. ``None`` if the run does not say which scheduler it had.
+    ``scheduler``, ``num_inference_steps``, what is plain in ``scheduler_kwargs`` and ``step_kwargs``, and, where they follow
+    from these, ``scheduler_timesteps``. ``None`` if the run does not say which scheduler it had.
     """
     scheduler = getattr(run, "scheduler", None)
     if scheduler is None:
@@ -45,6 +46,23 @@ def sampler_facts(run: Any) -> dict[str, Any] | None:
         "step_kwargs": _plain(getattr(run, "step_kwargs", {})),
         "scheduler_timesteps": recorded if made is not None and is_same_grid(recorded, made) else None,
     }
+
+
+def describe_difference(run: Any, other: Any) -> str | None:
+    """In what the samplers of two recorded runs differ; ``None`` if in nothing that is known."""
+    facts, others = (sampler_facts(x) or {} for x in (run, other))
+    ours, theirs = (
+        {"scheduler": f["scheduler"]["class"], **f["scheduler"]["config"], **f["step_kwargs"]} if f else {}
+        for f in (facts, others)
+    )
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return ", ".join(f"{name} {ours.get(name)} and {theirs.get(name)}" for name in names[:3]) if names else None
+
+
+def abbreviated(timesteps: Sequence[float]) -> str:
+    """The first and last of some timesteps."""
+    shown = [f"{t:g}" for t in timesteps]
+    return ", ".join(shown if len(shown) < 8 else [*shown[:3], "...", *shown[-2:]]) + f" ({len(shown)} steps)"
 
 
 def timesteps_of(scheduler: Any, count: int, options: Mapping[str, Any] | None = None) -> list[float] | None:
@@ -62,17 +80,23 @@ def is_same_grid(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def cannot_make(scheduler: Any, timesteps: Sequence[float]) -> list[float] | None:
-    """Timesteps of a scheduler that can not be those of a plan; ``None`` if they can be, or if nobody can tell.
+    """The usual timesteps of a scheduler, if no run of it has those of a plan; ``None`` if one may have, or nobody can tell.
 
     Args:
         scheduler: whose.
         timesteps: of the plan, as the denoiser is given them.
     """
     usual = timesteps_of(scheduler, len(timesteps))
-    comparable = usual is not None and any(_has_scale(timesteps, usual, scale) for scale in SCALES)
-    if usual is None or not comparable or any(_holds(grid, timesteps) for grid in _grids(scheduler, len(timesteps))):
+    if usual is None or not _are_comparable(timesteps, usual):
         return None
-    return usual
+    return None if any(_holds(grid, timesteps) for grid in _grids(scheduler, len(timesteps))) else usual
+
+
+def _are_comparable(timesteps: Sequence[float], grid: Sequence[float]) -> bool:
+    """Whether the denoiser is surely given the scheduler's own timesteps: pipelines may make something else of them."""
+    if min(max(map(abs, timesteps)), max(map(abs, grid))) > TRAINING:
+        return True
+    return any(is_same_grid(timesteps[:1], [scale * grid[0]]) for scale in SCALES)
 
 
 def _grids(scheduler: Any, count: int) -> Iterator[list[float]]:
@@ -85,13 +109,6 @@ def _grids(scheduler: Any, count: int) -> Iterator[list[float]]:
         yield timesteps_of(scheduler, steps, options) or []
     for steps in range(count + 1, LONGEST * count + 1):
         yield timesteps_of(scheduler, steps) or []
-
-
-def _has_scale(timesteps: Sequence[float], grid: Sequence[float], scale: float) -> bool:
-    """Whether the plan's timesteps are of the scheduler's kind: no others in size, and as whole as its own are."""
-    top, most = max(map(abs, timesteps)), scale * max(map(abs, grid))
-    whole = all(float(t).is_integer() for t in grid) and scale == 1.0
-    return most / LONGEST < top <= most * LONGEST if not whole else all(float(t).is_integer() for t in timesteps)
 
 
 def _holds(grid: Sequence[float], timesteps: Sequence[float]) -> bool:

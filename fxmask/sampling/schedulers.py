@@ -30,11 +30,7 @@ def prepare_scheduler(
         SchedulerError: it has no ``step``, ``set_timesteps`` fails, or there are no timesteps after it.
         InputError: ``set_timesteps`` does not take the options.
     """
-    if not callable(getattr(scheduler, "step", None)):
-        raise SchedulerError(
-            f"{type(scheduler).__name__} has no step() method; pass a diffusers scheduler, or an object with "
-            "set_timesteps(n), timesteps and step(model_output, timestep, sample)"
-        )
+    require_scheduler(scheduler)
     scheduler = copy.deepcopy(scheduler)
     if callable(getattr(scheduler, "set_timesteps", None)):
         _set_timesteps(scheduler, num_inference_steps, device, dict(options or {}))
@@ -48,10 +44,26 @@ def prepare_scheduler(
         )
     if hasattr(scheduler, "undo_step") and any(a < b for a, b in itertools.pairwise(map(float, timesteps))):
         raise SchedulerError(
-            f"{type(scheduler).__name__} goes back in time between its steps, by undo_step; record the pipeline that does so with "
+            f"{type(scheduler).__name__} goes back in time between steps, by undo_step; record the pipeline that does so, by "
             "fxmask.record_pipeline(pipe, ...), or switch that off (scheduler_kwargs={'jump_n_sample': 1})"
         )
     return scheduler
+
+
+def require_scheduler(scheduler: Any) -> None:
+    """Refuse what cannot step.
+
+    Raises:
+        SchedulerError: says what to pass.
+    """
+    if callable(getattr(scheduler, "step", None)):
+        return
+    holds = callable(getattr(getattr(scheduler, "scheduler", None), "step", None))
+    raise SchedulerError(
+        f"{'no scheduler was given' if scheduler is None else f'{type(scheduler).__name__} has no step() method'}; pass "
+        + ("its scheduler, pipe.scheduler" if holds else "a diffusers scheduler, or an object with ")
+        + ("" if holds else "set_timesteps(n), timesteps and step(model_output, timestep, sample)")
+    )
 
 
 def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device | None, options: dict[str, Any]) -> None:
@@ -138,9 +150,9 @@ def step_scheduler(
         raise
     except Exception as error:  # of a sampler of any kind
         raise SchedulerError(
-            f"{name}.step fails at timestep {float(timestep):g} for a sample that is {describe_tensor(x)} and a prediction that is "
-            f"{describe_tensor(prediction)}: {error}. What it needs besides is passed with step_kwargs; a sampling loop of another "
-            "kind is recorded with fxmask.record_pipeline(pipe, ...)"
+            f"{name}.step fails at timestep {float(timestep):g}, for the sample {describe_tensor(x)} and the prediction "
+            f"{describe_tensor(prediction)}: {error}. What it needs besides is passed with step_kwargs; a sampling loop of "
+            "another kind is recorded with fxmask.record_pipeline(pipe, ...)"
         ) from error
     following = first_tensor(result)
     if following.shape != x.shape or following.is_floating_point() != x.is_floating_point():

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from fxmask.errors import InputError
 from fxmask.frontend.examples import ExampleInputs, example_call, resolve_conditioning
-from fxmask.frontend.modules import module_device, module_dtype
+from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
 from fxmask.ir.calls import Signature
 from fxmask.ir.outputs import first_tensor
 from fxmask.sampling.noise import NoiseTape
@@ -85,7 +86,7 @@ class Trajectory(Recording):
 @torch.no_grad()
 def record(
     model: torch.nn.Module,
-    scheduler: Any,
+    scheduler: Any = None,
     *,
     num_inference_steps: int = 50,
     batch_size: int = 8,
@@ -98,25 +99,33 @@ def record(
 
     Args:
         model: the denoiser, called as ``model(**{sample: x, timestep: t, **conditioning})``.
-        scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Not changed.
+        scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Needed, and not
+            changed.
         num_inference_steps: passed to ``scheduler.set_timesteps``.
         batch_size: B; ignored where ``example_inputs`` has the sample.
         example_inputs: conditioning that cannot be inferred, a dict or a function (batch_size, generator) -> dict.
         step_kwargs: passed on to ``scheduler.step``, e.g. ``{"eta": 1.0}``.
-        scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where the image's size shifts timesteps.
+        scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
         seed: of the initial and the injected noise.
 
     Raises:
         SchedulerError: the scheduler has no timesteps or no ``step``, or one of its methods fails.
         InputError: arguments are missing; says which.
     """
+    model = require_denoiser(model)
     device, dtype = module_device(model), module_dtype(model)
     generator = torch.Generator().manual_seed(seed)
     scheduler = prepare_scheduler(scheduler, num_inference_steps, device, scheduler_kwargs)
     conditioning = resolve_conditioning(example_inputs, batch_size, generator)
     template = example_call(model, timestep_tensor(scheduler.timesteps[0], device), conditioning, batch_size, dtype)
     signature = Signature.of(model)
-    noise = torch.randn(template[signature.sample].shape, generator=generator).to(device, dtype)
+    sample = template[signature.sample]
+    if not isinstance(sample, torch.Tensor):
+        raise InputError(
+            f"the sample ({signature.sample!r}) of {type(model).__name__} is a {type(sample).__name__}, and a scheduler alone "
+            "samples one tensor; call the denoiser in a loop of your own, with a mask that needs no learning"
+        )
+    noise = torch.randn(sample.shape, generator=generator).to(device, dtype)
     sampled = _sample(model, scheduler, template, signature, noise, dict(step_kwargs or {}), generator)
     return replace(sampled, scheduler_kwargs=dict(scheduler_kwargs or {}))
 

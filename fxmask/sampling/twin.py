@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from fxmask._torch import forget_compiled_call
+from fxmask.frontend.modules import unwrapped
 
 METHODS = ("forward", "encode")  # that are watched; an autoencoder is not called through its forward
 Module = torch.nn.Module
@@ -63,12 +64,6 @@ def _is_scheduler(value: Any) -> bool:
 def is_pipeline(value: Any) -> bool:
     """Whether an attribute of a pipeline is another one, which holds its own components."""
     return callable(value) and hasattr(value, "__dict__") and any(map(_is_scheduler, vars(value).values()))
-
-
-def unwrapped(module: Module) -> Module:
-    """The denoiser behind an accelerated model; any other module itself."""
-    accelerated: Any = module if getattr(type(module), "is_accelerated", False) else None
-    return module if accelerated is None else accelerated.original
 
 
 def _watched_module(module: Module, name: str, watcher: _Watcher) -> Module:

@@ -27,14 +27,6 @@ VERSION = 1
 TENSORS = "plan.safetensors"
 
 
-def scheduler_facts(scheduler: Any) -> dict[str, Any]:
-    """What a plan depends on in a scheduler: its class and its configuration, as plain data."""
-    config = getattr(scheduler, "config", None)
-    items = dict(config).items() if isinstance(config, Mapping) else ()
-    plain = {key: json.loads(json.dumps(value, default=repr)) for key, value in items if not key.startswith("_")}
-    return {"class": type(scheduler).__name__, "config": plain}
-
-
 def save_mask(folder: str | Path, mask: Mask, facts: Mapping[str, Any], example: Mapping[str, Any]) -> None:
     """Write a mask, facts about what it belongs to, and the call that the program was captured with.
 

@@ -1,6 +1,6 @@
 """Random Python state, random user actions: is the accelerated model ever silently wrong?
 
-    python tests/guards/actions.py [--sequences N] [--first SEED] [--backend eager]
+    python tests/guards/actions.py [--sequences N] [--first SEED] [--share N] [--backend eager]
 
 One sequence: a denoiser whose ``forward`` reads some state (attributes, containers, objects, closures, globals, hooks,
 plain tensors), and an accelerated twin, under ``Mask.ones`` or under a mask; then a few runs, with user actions between and
@@ -370,7 +370,7 @@ class Sequence:
         middle = self.rng.randrange(1, length) if self.rng.random() < 0.4 else None
         fails = self.rng.randrange(length) if self.rng.random() < 0.1 else None
         fresh = None
-        if not self.full and middle is None and fails is None and not self.now.handles:
+        if not self.full and middle is None and fails is None and not self.now.handles and self.rng.random() < 0.4:
             with warnings.catch_warnings(), self.now.around():
                 warnings.simplefilter("ignore")
                 with contextlib.suppress(fxmask.CaptureError):
@@ -438,19 +438,31 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a.double() - b.double()).abs().max() <= tolerance * max(1e-3, float(b.double().abs().max())))
 
 
-def run_sequence(seed: int, backend: str = "eager", runs: int = 3) -> Sequence:
-    """Run one sequence; ``AssertionError`` with everything that was done if something is silently wrong."""
+def run_sequence(seed: int, backend: str = "eager", runs: int = 3, go_on_from: Sequence | None = None) -> Sequence:
+    """Run one sequence; ``AssertionError`` with everything that was done if something is silently wrong.
+
+    Args:
+        seed: of model and actions.
+        backend: of the twin.
+        runs: how many.
+        go_on_from: another sequence, whose model and twin live on, which saves their capture.
+    """
     global STRENGTH
-    try:
-        sequence = Sequence(seed, backend)
-        for _ in range(runs):
-            for _ in range(sequence.rng.randint(0, 2)):
-                sequence.act()
-            sequence.run()
-        return sequence
-    finally:
+    if go_on_from is None:
         STRENGTH, Denoiser.share = 1.0, 1.0
         torch.set_default_dtype(torch.float32)
+        sequence = Sequence(seed, backend)
+    else:
+        sequence = go_on_from
+        sequence.rng = random.Random(seed)
+        sequence.log.append(f"seed {seed}")
+        sequence.now.prompt += 1
+        sequence.twin._fxmask.variants._values.clear()  # else nothing new is followed after a while
+    for _ in range(runs):
+        for _ in range(sequence.rng.randint(0, 2)):
+            sequence.act()
+        sequence.run()
+    return sequence
 
 
 def main() -> int:
@@ -458,12 +470,15 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--backend", default="eager")
+    parser.add_argument("--share", type=int, default=8, help="sequences that go on with one model, one after the other")
     options = parser.parse_args()
-    wrong = []
+    wrong: list[int] = []
+    sequence = None
     for seed in range(options.first, options.first + options.sequences):
         try:
-            run_sequence(seed, options.backend)
+            sequence = run_sequence(seed, options.backend, go_on_from=sequence if seed % options.share else None)
         except Exception as error:
+            sequence = None
             wrong.append(seed)
             print(f"--- {type(error).__name__}: {error}\n")
         if (seed + 1) % 100 == 0:

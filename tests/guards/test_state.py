@@ -142,6 +142,22 @@ def test_a_global_hook_is_seen():
 
 
 @torch.no_grad()
+def test_counting_flops_is_no_change():
+    """PyTorch's counter registers hooks on all modules."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, calls = TinyTransformer().eval(), make_calls()
+    program = fxmask.capture(model, calls[0])
+    accelerated = fxmask.compile(program, fxmask.rectify(program, every_other(program)), backend="eager")
+    flops = []
+    for call in calls:
+        with FlopCounterMode(display=False) as counter:
+            accelerated(**call)
+        flops.append(counter.get_total_flops())
+    assert flops[1] < flops[0] / 2
+
+
+@torch.no_grad()
 def test_functions_of_torch_that_are_replaced_are_seen(monkeypatch):
     """As attention libraries do: ``F.scaled_dot_product_attention = theirs``."""
     model, call = TinyTransformer().eval(), make_calls()[0]

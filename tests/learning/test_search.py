@@ -359,10 +359,21 @@ def test_trajectories_must_agree(dit):
     other = fxmask.record(program.model, ddim(), num_inference_steps=6, batch_size=2, example_inputs=labels)
     with pytest.raises(InputError, match="run 1 has 6 steps, run 0 has 8"):
         fxmask.learn(program, [runs[0], other, runs[1]], effort="quick")
+    with pytest.raises(InputError, match="run 1 has 8 steps, run 0 has 6"):
+        fxmask.learn(program, [other, runs[0]], effort="quick")
     trailing = ddim(timestep_spacing="trailing")
     other = fxmask.record(program.model, trailing, num_inference_steps=8, batch_size=2, example_inputs=labels)
     with pytest.raises(InputError, match="runs 0 and 1 have different timesteps"):
         fxmask.learn(program, [runs[0], other, runs[1]], effort="quick")
+    for kind in ("DDPMScheduler", "DDIMScheduler"):  # with the same timesteps
+        import diffusers
+
+        scheduler = getattr(diffusers, kind)(num_train_timesteps=1000, **({"clip_sample": False} if "DDIM" in kind else {}))
+        other = fxmask.record(program.model, scheduler, num_inference_steps=8, batch_size=2, example_inputs=labels)
+        named = "scheduler DDIMScheduler and DDPM" if "DDPM" in kind else "clip_sample True and False"
+        for mixed, message in (([runs[0], other], named), ([other, runs[0]], "different samplers")):
+            with pytest.raises(InputError, match=f"runs 0 and 1 come from different samplers.*{message}|{message}"):
+                fxmask.learn(program, mixed, effort="quick")
     with pytest.raises(InputError, match="at least one"):
         fxmask.learn(program, [])
 

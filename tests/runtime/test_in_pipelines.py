@@ -105,6 +105,45 @@ def test_save_pretrained_saves_the_original(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.unet.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+def test_from_pipe_takes_the_accelerated_model():
+    """diffusers looks whether ``type(unet)`` is the class that it expects."""
+    from diffusers import AutoPipelineForImage2Image, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+    from pipelines import small_stable_diffusion
+
+    pipe, call = small_stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    run = fxmask.record_pipeline(pipe, **call, num_inference_steps=4)
+    program = fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles)
+    mask = fxmask.policies.interval(2)(program, run.timesteps)
+    accelerated = pipe.unet = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
+    for cls in (StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, AutoPipelineForImage2Image):
+        assert cls.from_pipe(pipe).unet is accelerated
+    again = StableDiffusionPipeline.from_pipe(StableDiffusionImg2ImgPipeline.from_pipe(pipe))
+    again.set_progress_bar_config(disable=True)
+    images = [p(**call, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images for p in (pipe, again)]
+    assert torch.equal(*images)
+
+
+def test_the_class_of_an_accelerated_model():
+    import copy
+    import pickle
+
+    unet, dit = tiny_unet(), tiny_dit()
+    accelerated = accelerate(unet, ddim(), 3)
+    other = accelerate(dit, ddim(), 3, example_inputs={"class_labels": torch.tensor([3, 7])})
+    for model, original in ((accelerated, unet), (other, dit)):
+        assert isinstance(model, fxmask.AcceleratedModel)
+        assert isinstance(model, type(original))
+        assert type(model) == type(original)  # noqa: E721 (as libraries compare it)
+        assert type(original) in {type(model): 0}
+    assert type(accelerated) != type(other)  # noqa: E721
+    assert type(accelerated) is not fxmask.AcceleratedModel
+    for again in (copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))):
+        assert type(again) is type(accelerated)
+        assert again.plan == accelerated.plan
+    assert {"report", "original", "save"} <= set(dir(accelerated))
+
+
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
 def test_second_order_solver(name):
     """DeepCache sees Heun's steps as 0, 1, 1, 3, 3, ...; here each call is a step of its own."""

@@ -242,14 +242,82 @@ def test_generators_move_on():
 # Refusals
 
 
-@pytest.mark.parametrize("component", [None, "transformer", "transformer_2"])
-def test_two_denoisers(component):
+def two_denoisers() -> tuple[Any, dict[str, Any]]:
+    """One for the first two of six steps, another for the rest."""
     pipe, call = wan()
     pipe.register_modules(transformer_2=wan_transformer(1))
     pipe.register_to_config(boundary_ratio=0.9)
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(InputError, match="'transformer(_2)?'.*'transformer(_2)?'.*more than one denoiser"):
-        fxmask.record_pipeline(pipe, **call, num_inference_steps=4, component=component)
+    return pipe, {**call, "num_inference_steps": 6}
+
+
+def test_two_denoisers_are_asked_for_by_name():
+    pipe, call = two_denoisers()
+    with pytest.raises(InputError, match=r"more than one denoiser.*component='transformer'\) and component='transformer_2'"):
+        fxmask.record_pipeline(pipe, **call)
+    with pytest.raises(InputError, match=r"component='vae' is called in no step of the sampler; it called \['transformer"):
+        fxmask.record_pipeline(pipe, **call, component="vae")
+
+
+def test_each_of_two_denoisers_by_itself():
+    pipe, call = two_denoisers()
+    names = ("transformer", "transformer_2")
+    whole = last_latents(pipe, lambda: pipe(**call, generator=generator()))
+    runs = [fxmask.record_pipeline(pipe, **call, component=name, generator=generator()) for name in names]
+    first, second = runs
+    assert [run.denoiser for run in runs] == [pipe.transformer, pipe.transformer_2]
+    assert (first.num_steps, second.num_steps) == (2, 4)
+    assert min(first.timesteps) > 900 > max(second.timesteps)
+    assert torch.equal(first.final, second.initial_noise), "what one hands on, the other is handed"
+    assert torch.equal(second.final, whole)
+    called: list[str] = []
+    for name in names:
+        getattr(pipe, name).blocks[0].register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    for run in runs:
+        called.clear()
+        assert torch.equal(run.rollout(run.denoiser), run.final)
+        assert set(called) == {run.component}, "the other one's steps are played back, or not reached"
+    other = second.renoised(second.denoiser, 1)
+    assert not torch.equal(other.final, second.final)
+    assert torch.equal(other.rollout(other.denoiser), other.final)
+
+
+def test_other_noise_of_the_second_denoiser_where_the_start_was_passed_in():
+    pipe, call = two_denoisers()
+    call["latents"] = randn(2, 4, 2, 8, 8)
+    run = fxmask.record_pipeline(pipe, **call, component="transformer_2")
+    assert not torch.equal(run.renoised(run.denoiser, 1).final, run.final)
+
+
+def test_both_denoisers_are_accelerated():
+    pipe, call = two_denoisers()
+    whole = last_latents(pipe, lambda: pipe(**call, generator=generator()))
+    for name in ("transformer", "transformer_2"):
+        run = fxmask.record_pipeline(pipe, **call, component=name, generator=generator())
+        program = fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles)
+        mask = fxmask.policies.interval(2)(program, run.timesteps)
+        setattr(pipe, name, fxmask.compile(program, fxmask.rectify(program, mask), backend="eager"))
+    got = last_latents(pipe, lambda: pipe(**call, generator=generator()))
+    assert 0 < float((got - whole).norm() / whole.norm()) < 0.1
+    for accelerated in (pipe.transformer, pipe.transformer_2):
+        assert all(r.followed == r.calls - 1 for r in accelerated.report().runs)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "in place"])
+def test_a_compiled_denoiser_is_recorded_as_it_was(how):
+    pipe, _, trajectory = record("stable_diffusion")
+    _, call = stable_diffusion()
+    original = pipe.unet
+    if how == "in place":
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
+    again = fxmask.record_pipeline(pipe, **call, num_inference_steps=4, generator=generator())
+    assert again.denoiser is original
+    assert torch.equal(again.final, trajectory.final)
+    program = fxmask.capture(pipe.unet, again.calls[0][0], roles=again.roles)
+    assert program.model is original
 
 
 class Guided:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ddim, labels, tiny_dit, tiny_unet
+from pipelines import record
 from safetensors.torch import load_file, save_file
 
 import fxmask
@@ -99,6 +100,72 @@ def test_another_scheduler_is_refused_with_what_differs(accelerated, tmp_path):
     accelerated.save(tmp_path / "plan")
     with pytest.raises(MaskError, match="clip_sample: saved True, now False"):
         fxmask.load(tmp_path / "plan", accelerated.original, ddim(clip_sample=False), progress=False)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A denoiser, and a run of it in a pipeline."""
+    pipe, _, run = record("dit")
+    return pipe, run, fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles)
+
+
+def saved(folder, program, mask):
+    fxmask.compile(program, fxmask.rectify(program, mask), backend="eager").save(folder)
+    return folder
+
+
+def test_a_plan_from_a_pipeline_knows_its_scheduler(recorded, tmp_path):
+    from diffusers import EulerDiscreteScheduler
+
+    pipe, run, program = recorded
+    mask = fxmask.learn(program, run, speedup=1.3, effort="quick", progress=False)
+    folder = saved(tmp_path / "plan", program, mask)
+    again = fxmask.load(folder, run.denoiser, pipe.scheduler, progress=False)
+    assert again.mask == fxmask.rectify(program, mask).mask
+    pipe.scheduler.set_timesteps(17)  # the pipeline sets it again
+    fxmask.load(folder, run.denoiser, pipe.scheduler, progress=False)
+    with pytest.raises(MaskError, match=r"timestep_spacing: saved 'leading', now 'trailing'"):
+        fxmask.load(folder, run.denoiser, ddim(timestep_spacing="trailing"), progress=False)
+    with pytest.raises(MaskError, match="class: saved 'DDIMScheduler', now 'EulerDiscreteScheduler'") as raised:
+        fxmask.load(folder, run.denoiser, EulerDiscreteScheduler(), progress=False)
+    assert "now None" not in str(raised.value), "only what both can be configured with is compared"
+    again.save(tmp_path / "again")
+    with pytest.raises(MaskError, match="trailing"):
+        fxmask.load(tmp_path / "again", run.denoiser, ddim(timestep_spacing="trailing"), progress=False)
+    with pytest.raises(fxmask.SchedulerError, match=r"pass its scheduler, pipe\.scheduler"):
+        fxmask.load(folder, run.denoiser, pipe, progress=False)
+
+
+def test_a_scheduler_without_a_configuration_is_known_by_its_timesteps(tmp_path):
+    class Evenly:
+        def __init__(self, first):
+            self.first = first
+
+        def set_timesteps(self, count):
+            self.timesteps = [self.first * (count - i) // count for i in range(count)]
+
+        def step(self, output, timestep, sample):
+            return (sample - 0.1 * output,)
+
+    model = tiny_dit()
+    mine, other = Evenly(900), Evenly(800)
+    options = {"num_inference_steps": 3, "example_inputs": labels, "backend": "eager", "progress": False}
+    fxmask.accelerate(model, mine, speedup=1.3, effort="quick", **options).save(tmp_path / "plan")
+    fxmask.load(tmp_path / "plan", model, mine, progress=False)
+    with pytest.raises(MaskError, match=r"timesteps: saved 900, 600, 300 \(3 steps\), now 800, 533, 266 \(3 steps\)"):
+        fxmask.load(tmp_path / "plan", model, other, progress=False)
+
+
+def test_a_plan_that_does_not_know_its_scheduler_is_checked_by_its_timesteps(recorded, tmp_path):
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    pipe, run, program = recorded
+    folder = saved(tmp_path / "plan", program, fxmask.policies.interval(2)(program, run.timesteps))
+    shifted = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)  # whose timesteps nobody can tell
+    for scheduler in (None, pipe.scheduler, DDPMScheduler(), shifted):
+        assert fxmask.load(folder, run.denoiser, scheduler, progress=False).mask.timesteps == run.timesteps
+    with pytest.raises(MaskError, match=r"(?s)timesteps: saved 750, 500, 250, 0 \(4 steps\), now 999, 749.*leave it out"):
+        fxmask.load(folder, run.denoiser, ddim(timestep_spacing="trailing"), progress=False)
 
 
 def test_damage_is_noticed(accelerated, tmp_path):

@@ -19,6 +19,7 @@ from fxmask.learning.paper.options import PaperOptions
 from fxmask.learning.paper.scores import Scores, learn_scores
 from fxmask.metrics import relative_error
 from fxmask.passes.rectify import rectify
+from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def learn_paper(
 
 def _mask(program: Program, calls: Sampler, rows: torch.Tensor) -> Mask:
     names = tuple(block.name for block in program.branches)
-    return Mask(rows, calls.timesteps, names, fingerprint=program.fingerprint)
+    return Mask(rows, calls.timesteps, names, fingerprint=program.fingerprint, sampler=sampler_facts(calls))
 
 
 def _at_shape_of(program: Program, calls: Sampler) -> Program:
