@@ -323,7 +323,7 @@ def load(
     """
     if isinstance(folder, torch.nn.Module):
         raise InputError("the folder comes first: fxmask.load(folder, model, scheduler)")
-    model = _denoiser(model)
+    model = require_denoiser(model)
     if is_package(folder) and backend in (None, "package"):
         return _load_package(folder, model, scheduler, progress)
     mask, facts, example = load_plan(folder)

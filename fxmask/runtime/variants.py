@@ -21,6 +21,7 @@ import torch
 from fxmask.backends.protocol import Compiler
 from fxmask.errors import CaptureError
 from fxmask.frontend.recapture import recapture
+from fxmask.frontend.refusals import refuse_active_hooks
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Change, Snapshot
 from fxmask.ir.calls import BoundCall
@@ -226,6 +227,10 @@ class Variants:
     def _reason_not_to_capture(
         self, bound: BoundCall, ambient: Ambient, fitting: list[Variant], changes: list[Change]
     ) -> str | None:
+        try:
+            refuse_active_hooks(self._model)
+        except CaptureError as error:
+            return str(error)
         hooks = [change for change in changes if change.is_hook and change.before == "not there"]
         if hooks:
             return (

@@ -368,8 +368,10 @@ def test_other_arguments_are_refused(folder):
 
 
 def test_another_scheduler_and_training_mode_are_refused(folder):
-    """A plan that was compiled by hand knows no scheduler, and fits any; one that was learned for another is refused."""
-    fxmask.load(folder, model_of(Conditioned), ddim(), progress=False)
+    """A plan that was compiled by hand knows its timesteps only, one that was learned knows its scheduler."""
+    fxmask.load(folder, model_of(Conditioned), ddim(steps_offset=100), progress=False)
+    with pytest.raises(MaskError, match="timesteps: saved 900, 700.*now 800, 600"):
+        fxmask.load(folder, model_of(Conditioned), ddim(), progress=False)
     state = json.loads((folder / "plan.json").read_text())
     state["facts"]["scheduler"] = {"class": "EulerDiscreteScheduler", "config": {}}
     (folder / "plan.json").write_text(json.dumps(state))
