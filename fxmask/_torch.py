@@ -32,7 +32,9 @@ from torch.utils import _device as device_mode
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "COMPILED_CALL",
     "GLOBAL_HOOKS",
+    "HELD",
     "HOOKS",
     "MODULE_INTERNALS",
     "DataDependentOutputException",
@@ -76,6 +78,8 @@ OpOverloadPacket = torch._ops.OpOverloadPacket  # ``torch.ops.aten.add``: what f
 
 # What every module has besides its own attributes, and where it keeps its hooks; and the hooks of all modules.
 MODULE_INTERNALS = frozenset(vars(torch.nn.Module())) - {"training"}
+HELD = ("_parameters", "_buffers", "_modules")
+COMPILED_CALL = "_compiled_call_impl"  # where ``module.compile()`` leaves its result
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 GLOBAL_HOOKS = (torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks)
 
@@ -142,7 +146,7 @@ def own_attributes(module: torch.nn.Module) -> list[Any]:
 
 def forget_compiled_call(module: torch.nn.Module) -> None:
     """Undo ``module.compile()``, which goes past ``forward``."""
-    module.__dict__["_compiled_call_impl"] = None
+    module.__dict__[COMPILED_CALL] = None
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 import torch
 
-from fxmask._torch import HOOKS, MODULE_INTERNALS, OpOverload, OpOverloadPacket, own_tensors_by_name
+from fxmask._torch import HELD, HOOKS, MODULE_INTERNALS, OpOverload, OpOverloadPacket, own_tensors_by_name
 from fxmask.guards.check import Held, users_global_hooks
 from fxmask.guards.code import ReachedCode, functions_in, is_foreign, names_read
 
@@ -127,7 +127,7 @@ class Snapshot:
         for name, tensor in own_tensors_by_name(module):
             self._note(tensor, prefix + name)
         state = vars(module)
-        for name in ("_parameters", "_buffers", "_modules"):
+        for name in HELD:
             self.held.internal(state[name], fillable=is_foreign(type(module)))
         for name in HOOKS:
             self._hooks(state[name], f"{path or '(the model)'} {name.strip('_').replace('_', ' ')[:-1]}")

@@ -27,7 +27,7 @@ class Undo:
     def __init__(self, snapshot: Snapshot, model: torch.nn.Module) -> None:
         self._snapshot = snapshot
         self._copies = [(live, _copy(live)) for live in snapshot.held.live_containers()]
-        self._buffers = [(n, x, version_of(x), x.detach().clone()) for n, x in model.named_buffers() if not x.is_meta]
+        self._kept_buffers = [(n, x, version_of(x), x.detach().clone()) for n, x in model.named_buffers() if not x.is_meta]
         self._model = model
         self.written: list[str] = []
 
@@ -38,11 +38,11 @@ class Undo:
             self.written = [str(change.path) for change in self._snapshot.changes(Snapshot.of(self._model))]
         for live, before in changed:
             _put_back(live, before)
-        for name, buffer, version, value in self._buffers:
+        for name, buffer, version, value in self._kept_buffers:
             if version_of(buffer) != version != -1:
                 buffer.copy_(value)
                 self.written += [name] if name not in self.written else []
-        self._buffers = [(n, x, version_of(x), value) for n, x, _, value in self._buffers]
+        self._kept_buffers = [(n, x, version_of(x), value) for n, x, _, value in self._kept_buffers]
 
     @contextmanager
     def after(self) -> Iterator[None]:

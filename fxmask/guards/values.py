@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import torch
 
-from fxmask._torch import pytree
+from fxmask._torch import pytree, version_of
 
 PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum, range, type(...))
 LONGEST_BYTES = 64  # arrays with more are compared by digest
@@ -56,7 +56,7 @@ def key_of(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return (type(value), str(value.dtype), value.shape, _digest(value.tobytes()))
     if isinstance(value, torch.Tensor):
-        return (type(value), value.dtype, value.device, tuple(value.shape), Identity(value), value._version)
+        return (type(value), value.dtype, value.device, tuple(value.shape), Identity(value), version_of(value))
     state = state_of(value)
     if state is None:
         return Identity(value)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxmask._torch import MODULE_INTERNALS, share_state
+from fxmask._torch import COMPILED_CALL, MODULE_INTERNALS, share_state
 from fxmask.backends.package import Package, Packages
 from fxmask.backends.protocol import Compiler
 from fxmask.errors import MaskError
@@ -42,7 +42,7 @@ from fxmask.storage.packages import write_package
 from fxmask.storage.plans import save_mask
 
 # Of the accelerated model itself, rather than of the original. Libraries that move weights wrap ``forward``.
-OWN_STATE = MODULE_INTERNALS | {"training", "_fxmask", "forward", "_old_forward", "_hf_hook", "_compiled_call_impl"}
+OWN_STATE = MODULE_INTERNALS | {"training", "_fxmask", "forward", "_old_forward", "_hf_hook", COMPILED_CALL}
 
 
 @dataclass
