@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import make
 
+LEARNED_WITH = json.loads((make.HERE / "environment.json").read_text())["torch"]
 SAME = json.loads((make.HERE / "environment.json").read_text()) == json.loads(json.dumps(make.environment()))
 bits = pytest.mark.skipif(not SAME, reason="bits depend on the version of PyTorch and the processor; these differ")
 
@@ -30,7 +31,13 @@ def test_the_same_bits_are_learned(name):
 @pytest.mark.parametrize("name", ["unet-deterministic", "dit-stochastic", "unet-paper"])
 def test_old_plans_load_and_run(name):
     model = make.dit() if name.startswith("dit") else make.unet()
-    accelerated = fxmask.load(make.HERE / name, model, progress=False)
+    try:
+        accelerated = fxmask.load(make.HERE / name, model, progress=False)
+    except fxmask.MaskError as error:  # another PyTorch may capture other operators, and then says so
+        if torch.__version__.split("+")[0] == LEARNED_WITH:
+            raise
+        assert "it has blocks of these names, but other operators" in str(error)
+        return
     data = json.loads((make.HERE / f"{name}.json").read_text())
     assert json.loads(json.dumps(make.as_data(accelerated.plan.source))) == data
     call = dict(accelerated.program.example.arguments)
