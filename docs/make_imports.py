@@ -25,8 +25,9 @@ PLACES = {  # folder -> (x, layer), the lowest layer at the bottom
     "learning": (3.3, 4),
     "api": (3.0, 5),
     "tools": (1.2, 6),
+    "guards": (2.9, -1),
 }
-COLOURS = {name: f"C{k + (k > 2)}" if k < 9 else "#34506f" for k, name in enumerate(PLACES)}  # C3 is red
+COLOURS = {name: f"C{k + (k > 2)}" if k < 9 else ("#34506f", "#7a5c00")[k - 9] for k, name in enumerate(PLACES)}  # C3 is red
 
 
 def imports() -> Counter[tuple[str, str]]:
@@ -56,7 +57,7 @@ def modules(node: ast.AST) -> list[str]:
 
 def draw(path: Path) -> None:
     """Folders as boxes, imports as arrows that point at what is imported; upward ones would be red."""
-    figure, axes = plt.subplots(figsize=(9, 7.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 8), layout="constrained")
     for (source, target), count in sorted(imports().items()):
         (x0, y0), (x1, y1) = PLACES[source], PLACES[target]
         axes.add_patch(
@@ -87,7 +88,7 @@ def draw(path: Path) -> None:
         )
         axes.text(x + 0.33, y + 0.25, name, ha="center", va="center", fontsize=11, zorder=3)
     axes.set_xlim(0, 5)
-    axes.set_ylim(-0.2, 6.7)
+    axes.set_ylim(-1.2, 6.7)
     axes.set_title("imports go down; an arrow has the colour of its importer, wider: more imports", fontsize=11)
     axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
