@@ -31,11 +31,16 @@ class TextNet(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         time = self.embed(t.reshape(-1, 1).to(x.dtype) / 1000)
-        prompt, x = self.text(text), self.inp(x) * scale
+        prompt, x = heads(self.text(text)), self.inp(x) * scale
         for layer in self.layers:
-            x = x + torch.nn.functional.scaled_dot_product_attention(x, prompt, prompt)
+            x = x + torch.nn.functional.scaled_dot_product_attention(heads(x), prompt, prompt).transpose(1, 2).flatten(2)
             x = layer(x, time)
         return self.head(x)
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    """Two heads; by sizes, which a graph is specialised to."""
+    return x.reshape(x.shape[0], x.shape[1], 2, -1).transpose(1, 2)
 
 
 class Pipe:

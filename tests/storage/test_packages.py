@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,9 @@ def test_a_loaded_package_does_what_the_exported_model_does(program, accelerated
     assert [tuple(x.shape) for x in run(loaded, calls)] == [(2, 6, 4)] * 5
     assert len(shelf) == 4
     assert loaded.plan == accelerated.plan
-    assert str(loaded.report()) == str(accelerated.report())
+    there, here = loaded.report(), accelerated.report()
+    assert replace(there, runs=()) == replace(here, runs=()), "savings"
+    assert there.runs[-1] == here.runs[-1], "what the latest run did"
     assert loaded.program.summary() == program.summary()
     assert structure(loaded.program.graph_module) == structure(program.graph_module)
     assert "backend='package'" in repr(loaded)

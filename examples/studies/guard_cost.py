@@ -1,11 +1,11 @@
 """What it costs to look whether a model is still what was captured: per run and per step, beside the model's size.
 
-    python examples/studies/guards.py [--write]
+    python examples/studies/guard_cost.py [--write]
 
 For a transformer and a U-Net of diffusers with about 100 and 1,000 modules, tiny in width, because the guards cost what
 modules cost and not what weights cost. ``run``: all that was noted down, when a run starts. ``step``: what is looked at in
 each of its steps, with the modes around the call. Medians of interleaved repeats, in seconds of this thread's own time.
-``--write`` puts the table into ``examples/results/guards.md``.
+``--write`` puts the table into ``examples/results/guard_cost.md``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Snapshot
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "guards.md"
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "guard_cost.md"
 REPEATS = 200
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     rows += [measure(name) for name in MODELS]
     print("\n".join(rows))
     if options.write:
-        head = f"# What the guards cost\n\n`studies/guards.py`, torch {torch.__version__}, one CPU thread.\n"
+        head = f"# What the guards cost\n\n`studies/guard_cost.py`, torch {torch.__version__}, one CPU thread.\n"
         RESULTS.write_text("\n".join([head, *rows, ""]))
 
 
