@@ -128,7 +128,7 @@ class Snapshot:
             self._note(tensor, prefix + name)
         state = vars(module)
         for name in HELD:
-            self.held.internal(state[name], fillable=is_foreign(type(module)))
+            self.held.internal(state[name], is_foreign(type(module)), path.count("."))
         for name in HOOKS:
             self._hooks(state[name], f"{path or '(the model)'} {name.strip('_').replace('_', ' ')[:-1]}")
         self._attributes(module, [n for n in state if n not in MODULE_INTERNALS], prefix)

@@ -20,6 +20,7 @@ import dataclasses
 import random
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,7 +154,8 @@ class Denoiser(torch.nn.Module):
         return x * float(self.array[0])
 
     def read_aside(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.aside[0].to(x.dtype)(x)
+        aside = self.aside[0]
+        return x + torch.nn.functional.linear(x, aside.weight.to(x.dtype), aside.bias.to(x.dtype))
 
     def read_act(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(x)
@@ -480,7 +482,7 @@ def main() -> int:
         except Exception as error:
             sequence = None
             wrong.append(seed)
-            print(f"--- {type(error).__name__}: {error}\n")
+            print(f"--- seed {seed}: {''.join(traceback.format_exception(error))}", flush=True)
         if (seed + 1) % 100 == 0:
             print(f"{seed + 1 - options.first} sequences, {len(wrong)} wrong", flush=True)
     print(f"{options.sequences} sequences, {len(wrong)} wrong: {wrong}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import warnings
@@ -94,6 +95,38 @@ def test_what_is_set_on_the_accelerated_model_reaches_the_original():
     torch.testing.assert_close(accelerated(**call), model(**call))
     del accelerated.number
     assert not hasattr(model, "number")
+
+
+class Deep(TinyTransformer):
+    """Too large for all of its state to be looked at in each step."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 12)
+        self.array = numpy.ones(2)
+        self.strengths = {"a": 1.0}
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * float(self.array[0]) * self.strengths["a"], t)
+
+
+@pytest.mark.parametrize("what", ["block", "array", "entry", "attribute"])
+@torch.no_grad()
+def test_a_change_near_the_model_is_seen_in_the_middle_of_a_run(what):
+    torch.manual_seed(0)
+    model, calls = Deep().eval(), make_calls()
+    accelerated = accelerate(model, calls[0])
+    assert not accelerated.program.state.held._small
+    for step, call in enumerate(calls):
+        if step == 2:
+            if what == "block":
+                model.layers[7] = copy.deepcopy(model.layers[3])
+            elif what == "array":
+                model.array[0] = 0.5
+            elif what == "entry":
+                model.strengths["a"] = 0.5
+            else:
+                model.inp = torch.nn.Linear(4, 8)
+        torch.testing.assert_close(accelerated(**call), model(**call))
 
 
 @pytest.mark.parametrize("where", ["", "layers.0", "layers.1.mlp.0"])
