@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask._torch import STANDALONE_LOGGER, inductor_compile, quiet_loggers
+from fxmask._torch import STANDALONE_LOGGER, inductor_compile, quiet_loggers, tracing
 from fxmask.backends.generated_code import collected_code
 from fxmask.backends.straight_line import chain_regions, restride
 from fxmask.backends.toolchain import cpu_compiler_problem
@@ -107,7 +107,7 @@ class Compiled:
             with self._lock:
                 if self._run is None:
                     self._strides = [x.stride() for x in arguments]
-                    with collected_code(self.code):
+                    with tracing(), collected_code(self.code):
                         self._run = compile_graph(self._graph_module, [*self._weights, *arguments])
         elif [x.stride() for x in arguments] != self._strides:
             arguments = tuple(map(restride, arguments, self._strides))
@@ -120,7 +120,7 @@ def compile_graph(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor
     with _counting:
         compilations += 1
     # an artifact that cannot be saved to disk (caches switched off) is fine here, and is reported as an error
-    with torch.no_grad(), quiet_loggers(STANDALONE_LOGGER):
+    with tracing(), torch.no_grad(), quiet_loggers(STANDALONE_LOGGER):
         return inductor_compile(graph_module, [x.detach() for x in arguments])
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask._torch import aoti_compile, aoti_load
+from fxmask._torch import aoti_compile, aoti_load, tracing
 from fxmask.backends.inductor import can_compile
 from fxmask.backends.straight_line import chain_regions, restride
 from fxmask.errors import BackendError
@@ -190,8 +190,9 @@ def build_package(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor
     compilations += 1
     try:
         with torch.no_grad():
-            exported = torch.export.export(graph_module, tuple(x.detach() for x in arguments), strict=False)
-            aoti_compile(exported, path)
+            with tracing():
+                exported = torch.export.export(graph_module, tuple(x.detach() for x in arguments), strict=False)
+                aoti_compile(exported, path)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise BackendError(f"a part of the step graphs cannot be compiled ahead of time: {reason}") from error

@@ -6,8 +6,10 @@ Inductor is imported when it is first needed: it takes seconds, and a saved pack
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+
+# Where torch.export switches backends off.
+from torch.export import _trace as export_trace
+
+# Puts a tracer's own functions in the place of methods, and takes them away again.
+from torch.fx._symbolic_trace import _Patcher
 
 # The tracer behind torch.export: records the operators of a call on real tensors.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -65,9 +73,9 @@ __all__ = [
     "shape_only",
     "share_state",
     "tensor_stores",
+    "tracing",
     "uncompiled",
     "version_of",
-    "without_compiled_calls",
     "without_inductor_cache",
 ]
 
@@ -149,29 +157,44 @@ def forget_compiled_call(module: torch.nn.Module) -> None:
     module.__dict__[COMPILED_CALL] = None
 
 
-@contextlib.contextmanager
-def without_compiled_calls(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, modules that were compiled in place (``module.compile()``) run as they are written."""
-    compiled = [
-        (module, module.__dict__["_compiled_call_impl"])
-        for module in model.modules()
-        if module.__dict__.get("_compiled_call_impl") is not None
-    ]
-    try:
-        for module, _ in compiled:
-            forget_compiled_call(module)
-        yield
-    finally:
-        for module, call in compiled:
-            module.__dict__["_compiled_call_impl"] = call
-
-
 def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
     """The module that ``torch.compile`` wrapped; any other module itself."""
     compiler: Any = sys.modules.get("torch._dynamo.eval_frame")  # imported by ``torch.compile``, and slow to import
     while compiler is not None and isinstance(module, compiler.OptimizedModule):
         module = module._orig_mod
     return module
+
+
+_TRACING = threading.RLock()
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """One thread at a time traces and compiles inside, and other threads go on with what they run.
+
+    PyTorch's tracers replace ``torch.nn.Module.__call__`` and ``__getattr__`` for the whole process; here, what they put there
+    is reached by the thread that traces, and the others get what was there before. Export also switches cuDNN and oneDNN off
+    for the whole process, so that operators that only these have stay out of its graphs; other threads would round
+    differently meanwhile (and convolve slowly), so here it does not.
+    """
+    patch = _Patcher.patch_method
+    owner = threading.get_ident()
+
+    def patch_here(self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        before = getattr(cls, name)
+
+        @functools.wraps(new)
+        def here(*given: Any, **named: Any) -> Any:
+            return (new if threading.get_ident() == owner else before)(*given, **named)
+
+        patch(self, cls, name, here, *args, **kwargs)
+
+    with (
+        _TRACING,
+        mock.patch.object(_Patcher, "patch_method", patch_here),
+        mock.patch.object(export_trace, "_ignore_backend_decomps", contextlib.nullcontext),
+    ):
+        yield
 
 
 def recording_graph() -> fx.Graph:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask._torch import FakeTensorMode, uncompiled
+from fxmask._torch import FakeTensorMode, tracing, uncompiled
 from fxmask.errors import CaptureError, InputError
 from fxmask.frontend.arguments import needed_names
 from fxmask.frontend.assemble import UNVERIFIED, assemble_program, role_of
@@ -83,7 +83,7 @@ def capture(
     if unknown:
         raise InputError(f"unknown roles {unknown}; choose from {ROLES}")
     refuse_active_hooks(model)
-    with quiet_torch(), torch.no_grad():
+    with tracing(), quiet_torch(), torch.no_grad():
         signature = Signature.of(model, roles)
         given = dict(example_inputs or {})
         if is_abstract(model):
@@ -145,7 +145,7 @@ def capture_bound(
 ) -> Program:
     """Capture for a call that is already in canonical form."""
     refuse_active_hooks(model)
-    with quiet_torch(), torch.no_grad():
+    with tracing(), quiet_torch(), torch.no_grad():
         subject = Subject(model, module_device(model).type)
         return _capture(subject, signature, bound, output_spec_of(subject, bound), dict(roles or {}))
 
@@ -159,7 +159,7 @@ def _capture(subject: Subject, signature: Signature, bound: BoundCall, outputs: 
         module = _climb(subject, form, call, roles, rung, export, tried)
         if module is not None:
             _warn_of_hooks(subject)
-            program = assemble_program(module, model, form, call, outputs, roles, rung)
+            program = assemble_program(module, subject.original, form, call, outputs, roles, rung)
             return replace(program, state=subject.snapshot, ambient=subject.ambient)
     why = advice(model)
     raise CaptureError(

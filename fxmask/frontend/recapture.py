@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from fxmask._torch import tracing
 from fxmask.errors import CaptureError
 from fxmask.frontend.assemble import assemble_program
 from fxmask.frontend.capture import capture_bound
@@ -36,7 +37,7 @@ def recapture(program: Program, bound: BoundCall) -> Program:
         CaptureError: the new graph has other blocks, so that a mask for the old one cannot be used.
     """
     roles = dict(program.given_roles)
-    with quiet_torch(), torch.no_grad():
+    with tracing(), quiet_torch(), torch.no_grad():
         symbolic = _from_symbolic(program, bound, roles) if _as_captured(program) else None
     if symbolic is not None:
         with contextlib.suppress(CaptureError):  # symbolic sizes can lead through other operators
@@ -79,17 +80,19 @@ def _same_kind(old: Block, new: Block | None) -> bool:
 
 def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) -> Program | None:
     """The program for another shape from one symbolic capture, compared with the model; ``None`` if it cannot be had."""
-    model = program.model
+    subject = Subject(program.model, bound.sample.device.type)
+    outputs = output_spec_of(subject, bound)  # first of all: a call that the model itself does not take ends here
+    model = subject.model
     try:
         if not any(graph.covers(bound) for graph in program.symbolic):
             wrapper = Wrapper(model, program.example).eval()
-            made = export_symbolic(program.example, bound, wrapper, lambda exported: functionalize(exported, model, MODEL))
+            with subject.untouched():
+                made = export_symbolic(program.example, bound, wrapper, lambda exported: functionalize(exported, model, MODEL))
             if made is None or not made.covers(bound):
                 return None
             program.symbolic.append(made)
         graph = next(graph for graph in program.symbolic if graph.covers(bound))
         module = graph.at(bound)
-        subject = Subject(model, bound.sample.device.type)
         timestep = program.signature.timestep
         inputs = usual_inputs(bound, timestep, is_looked_up(module, bound, timestep))
         difference = find_difference(module, subject, bound, inputs)
@@ -99,6 +102,5 @@ def _from_symbolic(program: Program, bound: BoundCall, roles: dict[str, str]) ->
     if difference is not None:
         logger.debug("the symbolic capture is refused: %s", difference)
         return None
-    outputs = output_spec_of(subject, bound)
-    fresh = assemble_program(module, model, program.signature, bound, outputs, roles, "torch.export (symbolic sizes)")
+    fresh = assemble_program(module, program.model, program.signature, bound, outputs, roles, "torch.export (symbolic sizes)")
     return replace(fresh, state=subject.snapshot, ambient=subject.ambient)

@@ -1,4 +1,4 @@
-"""The denoiser as capture runs it: again and again, and afterwards it is as it was before."""
+"""The denoiser as capture runs it: again and again, in the form of a shadow, so that it stays as it was before."""
 
 from __future__ import annotations
 
@@ -8,29 +8,37 @@ from typing import Any
 
 import torch
 
-from fxmask._torch import pytree, version_of, without_compiled_calls
+from fxmask._torch import pytree, version_of
+from fxmask.errors import CaptureError
+from fxmask.frontend.shadow import shadow_of
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Snapshot
 from fxmask.guards.undo import Undo
 from fxmask.guards.values import closed, opened
 
+ATTEMPTS = 5  # at a copy of a model that other threads change
+
 
 class Subject:
-    """A denoiser that can be run without a trace of it: on copies of its arguments, its own state put back afterwards.
+    """A denoiser that can be run without a trace of it: its shadow runs, on copies of the arguments.
 
     Attributes:
-        model: the denoiser.
-        snapshot: its Python state, as it was at first.
+        original: the denoiser.
+        model: its shadow, with the same weights; its Python state is put back after each run.
+        snapshot: the original's Python state, as the shadow has it.
         ambient: the modes around it.
         writes: arguments that it has changed in place, by name.
+
+    Raises:
+        CaptureError: another thread keeps changing the denoiser's Python state.
     """
 
     def __init__(self, model: torch.nn.Module, device: str) -> None:
-        self.model = model
-        self.snapshot = Snapshot.of(model)
+        self.original = model
+        self.snapshot, self.model = _look(model)
         self.ambient = Ambient.now(device)
         self.writes: list[str] = []
-        self._undo = Undo(self.snapshot, model)
+        self._undo = Undo(Snapshot.of(self.model), self.model)
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """What the model returns for arguments by name."""
@@ -49,14 +57,33 @@ class Subject:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """What is done to the model's Python state inside is undone; what ``module.compile()`` compiled runs as written."""
-        with self._undo.after(), without_compiled_calls(self.model):
+        """What is done to the shadow's Python state inside, and to buffers, is undone."""
+        with self._undo.after():
             yield
 
     @property
     def written_state(self) -> list[str]:
         """Attributes of its own that the model changes when it runs."""
         return self._undo.written
+
+
+def _look(model: torch.nn.Module) -> tuple[Snapshot, torch.nn.Module]:
+    """The state of a model, and a shadow that has just that, also while other threads run the model."""
+    for _ in range(ATTEMPTS):
+        try:
+            snapshot = Snapshot.of(model)
+            shadow = shadow_of(model)
+        except RuntimeError as error:  # a dictionary changed its size while it was read
+            if "changed size during iteration" not in str(error) and "mutated during iteration" not in str(error):
+                raise
+            continue
+        if snapshot.held.same():
+            return snapshot, shadow
+    changes = [str(change) for change in snapshot.changes(Snapshot.of(model))]
+    raise CaptureError(
+        f"the state of {type(model).__name__} changes while it is captured ({', '.join(changes[:3])}): another thread runs it "
+        "or sets something on it. Capture it before it is run, or have what changes passed as an argument"
+    )
 
 
 def _copies(arguments: Mapping[str, Any]) -> dict[str, Any]:

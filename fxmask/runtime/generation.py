@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from fxmask.ir.calls import BoundCall
 from fxmask.ir.forecast import Cache
 from fxmask.runtime.clock import Clock
 from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
+from fxmask.runtime.marks import Marks
 from fxmask.runtime.prologues import PrecomputedRow
 from fxmask.runtime.variants import Variant, Variants
 
@@ -53,28 +53,31 @@ class Generation:
 
     Args:
         variants: the programs of the model that is called.
-        current: where the marked generation of this context is kept.
+        marks: the generations that are marked in each context.
     """
 
     _predicts = True  # timesteps that are slow to read: the caller vouches for their sequence
 
-    def __init__(self, variants: Variants, current: contextvars.ContextVar[Generation | None]) -> None:
+    def __init__(self, variants: Variants, marks: Marks[Generation]) -> None:
         self._variants = variants
-        self._current = current
+        self._marks = marks
         self._lanes: list[Lane] = []
-        self._tokens: list[contextvars.Token[Generation | None]] = []
+        self._entered = 0
         self._clock = Clock()
         self._count = 0
         self.calls = 0
         self.matched = 0
 
     def __enter__(self) -> Generation:
-        self._tokens.append(self._current.set(self))
+        self._marks.enter(self)
+        self._entered += 1
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._current.reset(self._tokens.pop())
-        if exception[0] is None and not self._tokens:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._marks.leave(self)
+        self._entered -= 1
+        ended = kind is None or issubclass(kind, (StopIteration, StopAsyncIteration, GeneratorExit))  # no failure
+        if ended and not self._entered:
             self.warn_if_useless()
 
     def run(self, variant: Variant, bound: BoundCall) -> list[torch.Tensor] | None:
@@ -147,7 +150,7 @@ class Generation:
         history = self._variants.history
         found = history.miss(cause, reason)
         if found is not None:
-            reason = history.reasons[found]
+            reason = history.reasons.get(found, reason)
             self._variants.warn(found, f"the last denoiser calls did not follow the plan, so nothing was accelerated: {reason}")
 
     def _changed_conditioning(self, lane: Lane, other: Lane) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 LATEST = 8  # runs that are remembered
 MISSES = 3  # calls in a row that could have followed the plan and did not, before a warning
@@ -69,49 +70,62 @@ class Run:
         return f"{text}, {self.original} by the original" if self.original else text
 
 
-@dataclass
 class History:
-    """The latest runs of an accelerated model, and why calls did not follow the plan.
+    """The latest runs of an accelerated model, and why calls did not follow the plan. Threads share it."""
 
-    Attributes:
-        runs: the latest, the last one last.
-        reasons: by cause, the latest reason in words.
-    """
+    def __init__(self) -> None:
+        self._runs: deque[Run] = deque(maxlen=LATEST)
+        self._reasons: dict[str, str] = {}
+        self._unplanned: Run | None = None
+        self._misses: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
-    runs: deque[Run] = field(default_factory=lambda: deque(maxlen=LATEST))
-    reasons: dict[str, str] = field(default_factory=dict)
-    _unplanned: Run | None = None
-    _misses: Counter[str] = field(default_factory=Counter)
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The latest, the last one last."""
+        with self._lock:
+            return tuple(self._runs)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """By cause, the latest reason in words."""
+        with self._lock:
+            return dict(self._reasons)
 
     def begin(self) -> Run:
         """A run that follows the plan begins."""
-        self._unplanned = None
-        self.runs.append(Run())
-        return self.runs[-1]
+        run = Run()
+        with self._lock:
+            self._unplanned = None
+            self._runs.append(run)
+        return run
 
     def unplanned(self, macs: int, original: bool = False) -> None:
         """A call that belongs to no run."""
-        if self._unplanned is None:
-            self._unplanned = self.begin_unplanned()
-        self._unplanned.add(macs, macs, original=original)
-
-    def begin_unplanned(self) -> Run:
-        """Calls begin that belong to no run."""
-        self.runs.append(Run())
-        return self.runs[-1]
+        with self._lock:
+            if self._unplanned is None:
+                self._unplanned = Run()
+                self._runs.append(self._unplanned)
+            self._unplanned.add(macs, macs, original=original)
 
     def miss(self, cause: str, reason: str) -> str | None:
         """Note down why a call did not follow the plan; returns the commonest cause when that has become too common."""
-        self._misses[cause] += 1
-        self.reasons[cause] = reason
-        return self._misses.most_common(1)[0][0] if self._misses.total() >= MISSES else None
+        with self._lock:
+            self._misses[cause] += 1
+            self._reasons[cause] = reason
+            return self._misses.most_common(1)[0][0] if self._misses.total() >= MISSES else None
 
-    def hit(self) -> None:
-        """A call followed the plan."""
-        self._misses.clear()
-        self.reasons.clear()
+    def hit(self) -> dict[str, str]:
+        """A call followed the plan; returns the reasons why others did not, which are forgotten."""
+        if not self._misses and not self._reasons:
+            return {}
+        with self._lock:
+            reasons = self._reasons
+            self._misses, self._reasons = Counter(), {}
+        return reasons
 
     @property
     def cause(self) -> str | None:
         """The commonest cause since a call followed the plan."""
-        return self._misses.most_common(1)[0][0] if self._misses else None
+        with self._lock:
+            return self._misses.most_common(1)[0][0] if self._misses else None

@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import copy
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
 from fxmask.runtime.generation import Generation, InferredGeneration
+from fxmask.runtime.marks import Marks
 from fxmask.runtime.report import Report
 from fxmask.runtime.stand_in import stand_in
 from fxmask.runtime.variants import Variants
@@ -52,16 +54,25 @@ class _Private:
     Attributes:
         model: the denoiser.
         variants: the program of each form of call, and the plan.
-        current: the marked generation.
-        inferred: one that is inferred where none is marked, and whose it is.
+        marks: the generations that are marked.
+        caller: who calls in this context. Contexts outlive models, so this is all that they keep.
+        inferred: by caller, a generation that is inferred where none is marked.
         facts: about the sampler that the plan was made for.
     """
 
     model: torch.nn.Module
     variants: Variants
-    current: contextvars.ContextVar[Generation | None]
-    inferred: contextvars.ContextVar[tuple[Any, InferredGeneration] | None]
+    marks: Marks[Generation]
+    caller: contextvars.ContextVar[_Caller | None]
+    inferred: weakref.WeakKeyDictionary[_Caller, InferredGeneration]
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+class _Caller:
+    """A thread, or a task in it, in one context."""
+
+    def __init__(self, who: tuple[int, int | None]) -> None:
+        self.who = who
 
 
 class AcceleratedModel(torch.nn.Module):
@@ -106,8 +117,9 @@ class AcceleratedModel(torch.nn.Module):
         private = _Private(
             model=model,
             variants=Variants(program, plan, backend, mode, compiler),
-            current=contextvars.ContextVar("fxmask_generation", default=None),
-            inferred=contextvars.ContextVar("fxmask_inferred", default=None),
+            marks=Marks(),
+            caller=contextvars.ContextVar("fxmask_caller", default=None),
+            inferred=weakref.WeakKeyDictionary(),
             facts=dict(facts or {}),
         )
         # The original's own dictionaries: parameters, submodules and what is later done to them stay one and the same.
@@ -188,8 +200,11 @@ class AcceleratedModel(torch.nn.Module):
         Without it a run is recognised from the sequence of timesteps, and whatever is ambiguous runs in full. The one
         thing that no sequence can tell: a run that was abandoned and is taken up by another run, with the same
         conditioning, at the very next timestep.
+
+        Threads and asyncio tasks have their own. Generators do not: of two that are advanced in turn, each inside of its own
+        ``generation()``, a call belongs to the one that is running.
         """
-        return Generation(self._fxmask.variants, self._fxmask.current)
+        return Generation(self._fxmask.variants, self._fxmask.marks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and return value are the original's."""
@@ -213,18 +228,23 @@ class AcceleratedModel(torch.nn.Module):
                 generation.interrupt()
                 private.variants.history.unplanned(self.program.macs, original=True)
             if variant is None or outputs is None:
-                return private.model(*args, **kwargs)
+                result = private.model(*args, **kwargs)
+                private.variants.answered(bound)
+                return result
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
 
     def _generation(self) -> Generation:
         private = self._fxmask
-        marked = private.current.get()
+        marked = private.marks.current()
         if marked is not None:
             return marked
-        owner, inferred = private.inferred.get() or (None, None)
-        if inferred is None or owner != _who():  # a copied context is another run's
-            inferred = InferredGeneration(private.variants, private.current)
-            private.inferred.set((_who(), inferred))
+        caller, who = private.caller.get(), _who()
+        if caller is None or caller.who != who:  # a copied context is another run's
+            caller = _Caller(who)
+            private.caller.set(caller)
+        inferred = private.inferred.get(caller)
+        if inferred is None:
+            inferred = private.inferred[caller] = InferredGeneration(private.variants, private.marks)
         elif inferred.calls >= max(2, self.mask.num_steps):
             inferred.start_again()
         return inferred

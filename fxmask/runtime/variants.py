@@ -21,7 +21,7 @@ import torch
 from fxmask.backends.protocol import Compiler
 from fxmask.errors import CaptureError
 from fxmask.frontend.recapture import recapture
-from fxmask.frontend.refusals import refuse_active_hooks
+from fxmask.frontend.refusals import explain, refuse_active_hooks
 from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Change, Snapshot
 from fxmask.ir.calls import BoundCall
@@ -37,6 +37,7 @@ from fxmask.runtime.warn import Warner
 
 logger = logging.getLogger(__name__)
 MOST_VARIANTS = 16  # that are kept, the ones used last
+MOST_REFUSED = 64  # forms of call that the model could not be captured for, and that are remembered
 MOST_VALUES = 6  # of one attribute or argument that the model is captured for; a value that never settles is not followed
 
 
@@ -117,6 +118,7 @@ class Variants:
         self._model = program.model
         self._known = [Variant(program, plan.source, backend, mode, plan, compiler)]
         self._refused: dict[Any, tuple[Snapshot, str]] = {}
+        self._doubted: dict[Any, str] = {}  # of the refused ones, those at which the model itself failed
         self._values: Counter[str] = Counter()
         self._lock = threading.RLock()
 
@@ -150,9 +152,8 @@ class Variants:
 
     def followed(self) -> None:
         """A call followed the plan: what kept others from it is news again."""
-        for cause in self.history.reasons:
+        for cause in self.history.hit():
             self.warn.forget(cause)
-        self.history.hit()
 
     def ambient(self, bound: BoundCall) -> Ambient:
         """The modes around a call."""
@@ -202,9 +203,32 @@ class Variants:
                 reason = (
                     f"{_and(self._what_is_new(bound, ambient, changes))}, and the model cannot be captured like this: {error}"
                 )
-        self._refused[bound.key, ambient] = (now, reason)
+            except Exception as error:  # the model itself does not take such a call, or failed: it says so when it runs
+                logger.debug("the model failed while it was captured", exc_info=True)
+                name = type(self._model).__name__
+                reason = f"{name} failed while it was captured for such a call: {explain(error, self._model)}"
+                self._refuse(bound, ambient, now, reason)
+                self._doubted[bound.key] = reason
+                return None
+        self._refuse(bound, ambient, now, reason)
         self.warn(reason, f"{reason}. The original model runs, unaccelerated")
         return None
+
+    def _refuse(self, bound: BoundCall, ambient: Ambient, now: Snapshot, reason: str) -> None:
+        """Remember a form of call that cannot be captured as the model is now."""
+        self._refused.pop((bound.key, ambient), None)
+        self._refused[bound.key, ambient] = (now, reason)
+        while len(self._refused) > MOST_REFUSED:
+            key, _ = next(iter(self._refused))
+            del self._refused[next(iter(self._refused))]
+            self._doubted.pop(key, None)
+
+    def answered(self, bound: BoundCall) -> None:
+        """The original answered a call; where it had failed while it was captured for such a one, that is worth a word."""
+        with self._lock:
+            reason = self._doubted.pop(bound.key, None) if self._doubted else None
+        if reason is not None:
+            self.warn(reason, f"{reason}. The original model runs, unaccelerated")
 
     def _capture(self, bound: BoundCall, ambient: Ambient, changes: list[Change], known_form: bool) -> Variant:
         news = self._what_is_new(bound, ambient, changes)

@@ -22,6 +22,7 @@ from fxmask._torch import pytree
 from fxmask.errors import InputError
 from fxmask.ir.calls import Signature
 from fxmask.ir.outputs import first_tensor, flatten_output
+from fxmask.sampling.finite import refuse_not_finite
 from fxmask.sampling.noise import FreshNoise, NoiseTape
 from fxmask.sampling.pipeline_arguments import PipelineArguments, arguments_by_name, fresh_copies, same_tree
 from fxmask.sampling.pipeline_listener import HeardCall, PipelineListener, check_one_denoiser
@@ -175,13 +176,15 @@ def _record(
     starts = [step[0].drawn for step in recorder.steps[1:]] + [recorder.end]
     ranges = zip([recorder.steps[0][0].drawn, *starts], starts, strict=False)
     prologue = tuple(PlayedCall(h.entry.component, h.entry.method, h.given, h.output) for h in recorder.prologue)
+    timesteps = tuple(
+        _timestep_value(step[0].get(signature.timestep) if signature.timestep else None, given)
+        for step, given in zip(calls, recorder.step_timesteps, strict=True)
+    )
+    refuse_not_finite(denoiser, calls, outputs, timesteps)
     return PipelineTrajectory(
         calls=calls,
         outputs=tuple(outputs),
-        timesteps=tuple(
-            _timestep_value(step[0].get(signature.timestep) if signature.timestep else None, given)
-            for step, given in zip(calls, recorder.step_timesteps, strict=True)
-        ),
+        timesteps=timesteps,
         initial_noise=recorder.initial,
         noises=tuple(tuple(tape.tensors[a:b]) for a, b in ranges),
         final=recorder.final,

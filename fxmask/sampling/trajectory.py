@@ -19,6 +19,7 @@ from fxmask.frontend.examples import ExampleInputs, example_call, resolve_condit
 from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
 from fxmask.ir.calls import Signature
 from fxmask.ir.outputs import first_tensor
+from fxmask.sampling.finite import refuse_not_finite
 from fxmask.sampling.noise import NoiseTape
 from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, Loop
@@ -110,7 +111,7 @@ def record(
 
     Raises:
         SchedulerError: the scheduler has no timesteps or no ``step``, or one of its methods fails.
-        InputError: arguments are missing; says which.
+        InputError: arguments are missing, or the model's predictions are not finite; says which, and where.
     """
     model = require_denoiser(model)
     device, dtype = module_device(model), module_dtype(model)
@@ -161,6 +162,7 @@ def _sample(
         outputs.append((prediction,))
         noises.append(tuple(tape.tensors))
         values.append(float(timestep))
+    refuse_not_finite(model, calls, outputs, values)
     return Trajectory(
         calls=tuple(calls),
         outputs=tuple(outputs),
