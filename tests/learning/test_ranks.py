@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fuzz.ranks import is_right, try_once
 
+import fxmask
 from fxmask import api
-from fxmask.learning.ranks import Group
+from fxmask.learning.ranks import Group, time_limit
 
 SCRIPT = """
 import datetime, json, os, sys
@@ -99,6 +102,20 @@ def test_a_rank_that_dies_is_an_error():
     assert dead == 7
     assert status == 3
     assert "another rank died" in output
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_rank_that_is_killed_or_stopped_ends_the_other_in_bounded_time(seed):
+    """``python tests/fuzz/ranks.py`` tries more moments; these two are a kill and a stop."""
+    what, said, _ = try_once(random.Random(seed), limit=5.0)
+    assert is_right(said), (what, said)
+
+
+@pytest.mark.parametrize("text", ["soon", "-3", "0", "inf", "nan"])
+def test_the_time_limit_must_be_a_number_of_seconds(text, monkeypatch):
+    monkeypatch.setenv("FXMASK_RANK_TIMEOUT", text)
+    with pytest.raises(fxmask.InputError, match="FXMASK_RANK_TIMEOUT.*number of seconds"):
+        time_limit()
 
 
 def test_groups_share_evenly_and_in_order():
