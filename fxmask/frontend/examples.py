@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import pytree
 from fxmask.errors import InputError
 from fxmask.frontend.arguments import describe_value, refuse_unknown, required_names
 from fxmask.frontend.infer import Trial, infer_call
@@ -41,6 +42,12 @@ def resolve_conditioning(example_inputs: ExampleInputs, batch_size: int, generat
     return dict(given)
 
 
+def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments with all tensors on a device, where a sampler would put them."""
+    placed: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), dict(arguments))
+    return placed
+
+
 def example_call(
     model: torch.nn.Module, timestep: torch.Tensor, conditioning: Mapping[str, Any], batch_size: int, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def example_call(
     Args:
         model: the denoiser.
         timestep: 0-d, as the scheduler gives it.
-        conditioning: arguments that the user gave; may include sample and timestep.
+        conditioning: arguments that the user gave, on whatever device; may include sample and timestep.
         batch_size: B, where no sample was given.
         dtype: of the sample, where none was given.
 
@@ -57,7 +64,7 @@ def example_call(
         InputError: something can neither be inferred nor was given; names it and says in what form.
     """
     signature = Signature.of(model)
-    call = dict(conditioning)
+    call = on_device(conditioning, timestep.device)
     refuse_unknown(model, signature, call)
     missing = [
         name for name in required_names(signature) if name not in call and name not in (signature.sample, signature.timestep)

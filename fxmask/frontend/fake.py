@@ -45,13 +45,14 @@ def fake_copy(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _fake(x: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    device = torch.device("cpu") if x.is_meta or isinstance(x, FakeTensor) else x.device
+def _fake(x: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None) -> torch.Tensor:
+    if device is None:
+        device = torch.device("cpu") if x.is_meta or isinstance(x, FakeTensor) else x.device
     with mode:
         return torch.empty(tuple(x.shape), dtype=x.dtype, device=device)
 
 
-def fake_call(call: Mapping[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
-    """The arguments as fake tensors."""
-    faked: dict[str, Any] = pytree.tree_map(lambda x: _fake(x, mode) if isinstance(x, torch.Tensor) else x, dict(call))
+def fake_call(call: Mapping[str, Any], mode: FakeTensorMode, device: torch.device | None = None) -> dict[str, Any]:
+    """The arguments as fake tensors, on a device if one is given."""
+    faked: dict[str, Any] = pytree.tree_map(lambda x: _fake(x, mode, device) if isinstance(x, torch.Tensor) else x, dict(call))
     return faked

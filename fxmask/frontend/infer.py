@@ -90,6 +90,7 @@ class Trial:
         self.signature = signature
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = fake_copy(model, self.mode)
+        self.device = module_device(self.model)
         self.progress = 0
         self.reason = "nothing was tried"
 
@@ -98,7 +99,7 @@ class Trial:
         counter = _Progress()
         try:
             with quiet_torch(), self.mode, torch.no_grad(), counter:
-                output = first_tensor(self.model(**fake_call(call, self.mode)))
+                output = first_tensor(self.model(**fake_call(call, self.mode, self.device)))
         except (DataDependentOutputException, DynamicOutputShapeException):
             return True  # it got to where sizes depend on values; fake tensors have none
         except Exception as error:
