@@ -104,10 +104,10 @@ class BoundCall:
     def key(self) -> tuple[Any, ...]:
         """What a captured graph depends on: structure, shapes, dtypes, devices and static values."""
         shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in self.tensors.items())
-        return (shapes, self._static_key)
+        return (shapes, self.static_key)
 
     @functools.cached_property
-    def _static_key(self) -> tuple[Any, ...]:
+    def static_key(self) -> tuple[Any, ...]:
         """By value, and now: what an argument is may change after the call."""
         return tuple(
             (name, value if isinstance(value, FixedTensor) else key_of(value))
@@ -125,7 +125,7 @@ class BoundCall:
     def _described(self) -> dict[str, tuple[Any, str]]:
         """Key and text of each argument by name."""
         found = {n: ((tuple(x.shape), x.dtype, x.device), describe_tensor(x)) for n, x in self.tensors.items()}
-        keys = dict(self._static_key)
+        keys = dict(self.static_key)
         return {**found, **{n: (keys[n], text_of(value)) for n, value in self.static if n in keys}}
 
     def rebuild(self, tensors: Sequence[torch.Tensor], **replaced: Any) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class Signature:
         batch = (samples[0].shape[0] if samples[0].dim() else 1) if single else len(samples)
         given = arguments.get(self.timestep) if self.timestep is not None else None
         if self.timestep is not None:
-            arguments[self.timestep] = self._canonical_timestep(arguments.get(self.timestep), samples[0].device, batch)
+            arguments[self.timestep] = self.canonical_timestep(arguments.get(self.timestep), samples[0].device, batch)
         pairs, spec = pytree.tree_flatten_with_path(opened(arguments))
         leaves = [(path, self._canonical_leaf(leaf_name(path), leaf)) for path, leaf in pairs]
         tensors = {leaf_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
@@ -259,7 +259,8 @@ class Signature:
             return captured
         return torch.int64 if isinstance(timestep, int) else torch.float64
 
-    def _canonical_timestep(self, timestep: Any, device: torch.device, batch: int) -> Any:
+    def canonical_timestep(self, timestep: Any, device: torch.device, batch: int) -> Any:
+        """The timestep in the form that the graph takes, from whatever form it was given in."""
         if isinstance(timestep, bool) or not isinstance(timestep, (int, float, torch.Tensor)):
             return timestep
         if not isinstance(timestep, torch.Tensor):

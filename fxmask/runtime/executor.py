@@ -6,7 +6,8 @@ share a ``GraphStore``, so that equal step graphs are compiled once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +19,28 @@ from fxmask.passes.form_values import forecast_coefficients
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.prologues import PrecomputedRow, PrologueRunner
+
+
+class _Ready(NamedTuple):
+    """A step, prepared once.
+
+    Attributes:
+        graph: that it runs.
+        run: what a backend made of the graph.
+        inputs: positions of the program's inputs that it takes, and the memory layout of each.
+        coefficients: of its forecasts.
+        slots: that it reads.
+        store: positions of results, and the slots that they go to.
+        drop: slots that nobody reads again.
+    """
+
+    graph: StepGraph
+    run: Callable[..., Any]
+    inputs: tuple[tuple[int, tuple[int, ...]], ...]
+    coefficients: tuple[torch.Tensor, ...]
+    slots: tuple[Slot, ...]
+    store: tuple[tuple[int, Slot], ...]
+    drop: tuple[Slot, ...]
 
 
 class Executor:
@@ -32,7 +55,7 @@ class Executor:
         self.plan = plan
         self.program = graphs.program
         self.graphs = graphs
-        self._coefficients: dict[int, list[torch.Tensor]] = {}
+        self._ready: dict[int, _Ready] = {}
         self._layouts = [_dense_strides(x) for x in self.program.example.tensors.values()]
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
@@ -64,22 +87,37 @@ class Executor:
         Raises:
             KeyError: a slot is missing; the steps were not run in order.
         """
-        plan = self.plan.steps[step]
-        graph, run = self.graphs.get(self.plan, step)
-        arguments = [restride(tensors[k], self._layouts[k]) for k in graph.inputs]
+        ready = self._ready.get(step) or self._prepare(step)
+        graph = ready.graph
+        arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
         if graph.precomputed:
             row = self.prologues.complete(rows[step], tensors) if rows else self.prologues.at(tensors)
-            arguments.extend(row[name] for name in graph.precomputed)
-        if graph.coefficients:
-            arguments.extend(self._forecast_coefficients(step, graph))
-        arguments.extend(cache[slot] for load in plan.formed for slot in load.slots)
-        results = run(*arguments)
-        for (block, value), tensor in zip(graph.store, results[graph.num_outputs :], strict=True):
-            if (block, value) in plan.store:
-                cache[Slot(block, value, step)] = _compact(tensor)
-        for slot in plan.drop:
+            arguments.extend(map(row.__getitem__, graph.precomputed))
+        arguments.extend(ready.coefficients)
+        arguments.extend(map(cache.__getitem__, ready.slots))
+        results = ready.run(*arguments)
+        for k, slot in ready.store:
+            cache[slot] = _compact(results[k])
+        for slot in ready.drop:
             del cache[slot]
         return list(results[: graph.num_outputs])
+
+    def _prepare(self, step: int) -> _Ready:
+        """All that running a step needs besides tensors."""
+        plan = self.plan.steps[step]
+        graph, run = self.graphs.get(self.plan, step)
+        stored = [(k, name) for k, name in enumerate(graph.store, graph.num_outputs) if name in plan.store]
+        ready = _Ready(
+            graph,
+            run,
+            tuple((k, self._layouts[k]) for k in graph.inputs),
+            tuple(self._forecast_coefficients(step, graph)) if graph.coefficients else (),
+            tuple(slot for load in plan.formed for slot in load.slots),
+            tuple((k, Slot(block, value, step)) for k, (block, value) in stored),
+            plan.drop,
+        )
+        self._ready[step] = ready
+        return ready
 
     def compile_all(self, *, progress: bool) -> None:
         """Compile every distinct graph now, by running it once on the captured call with blank caches."""
@@ -97,12 +135,9 @@ class Executor:
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).zero_()
 
     def _forecast_coefficients(self, step: int, graph: StepGraph) -> list[torch.Tensor]:
-        if step not in self._coefficients:
-            loads = [self.plan.steps[step].formed[k] for k in graph.coefficients]
-            nodes = [self.program.node(self.program.block(x.block).values[x.value]) for x in loads]
-            tables = [forecast_coefficients(x, node.meta["val"]) for x, node in zip(loads, nodes, strict=True)]
-            self._coefficients[step] = tables
-        return self._coefficients[step]
+        loads = [self.plan.steps[step].formed[k] for k in graph.coefficients]
+        nodes = [self.program.node(self.program.block(x.block).values[x.value]) for x in loads]
+        return [forecast_coefficients(x, node.meta["val"]) for x, node in zip(loads, nodes, strict=True)]
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

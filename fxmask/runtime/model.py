@@ -31,6 +31,7 @@ from fxmask.ir.calls import RETURN_DICT
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
+from fxmask.ir.rebind import Rebinder
 from fxmask.passes.rectify import rectify
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.executor import Executor
@@ -57,6 +58,7 @@ class _Private:
         marks: the generations that are marked.
         caller: who calls in this context. Contexts outlive models, so this is all that they keep.
         inferred: by caller, a generation that is inferred where none is marked.
+        bind: puts calls into the form of ``program.signature``.
         facts: about the sampler that the plan was made for.
     """
 
@@ -65,6 +67,7 @@ class _Private:
     marks: Marks[Generation]
     caller: contextvars.ContextVar[_Caller | None]
     inferred: weakref.WeakKeyDictionary[_Caller, InferredGeneration]
+    bind: Rebinder
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,6 +123,7 @@ class AcceleratedModel(torch.nn.Module):
             marks=Marks(),
             caller=contextvars.ContextVar("fxmask_caller", default=None),
             inferred=weakref.WeakKeyDictionary(),
+            bind=Rebinder(program.signature),
             facts=dict(facts or {}),
         )
         # The original's own dictionaries: parameters, submodules and what is later done to them stay one and the same.
@@ -211,7 +215,7 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         if private.model.training:
             return private.model(*args, **kwargs)
-        bound = self.program.signature.bind(args, kwargs)
+        bound = private.bind(args, kwargs)
         if needs_gradients(bound.tensors):
             private.variants.warn(
                 "gradients",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxmask._torch import version_of
+from fxmask._torch import versions_of
 from fxmask.backends.protocol import PrologueCompiler
 from fxmask.ir.graph import attribute
 from fxmask.ir.program import Program
@@ -71,9 +71,14 @@ class PrologueRunner:
         found = [attribute(module, node) for module in modules for node in module.graph.find_nodes(op="get_attr")]
         return list({id(x): x for x in found if isinstance(x, torch.Tensor)}.values())
 
+    @functools.cached_property
+    def _counted(self) -> list[torch.Tensor]:
+        """Of these, those whose changes are counted."""
+        return [x for x in self.weights if not x.is_inference()]
+
     def weights_now(self) -> list[int]:
         """Changes whenever weights that precomputed values are made of are written to or put elsewhere."""
-        return [*map(version_of, self.weights), *map(torch.Tensor.data_ptr, self.weights)]
+        return versions_of(self._counted) + list(map(torch.Tensor.data_ptr, self.weights))
 
     def is_exact(self, step: int, timestep: float) -> bool:
         """Whether the table's row of a step was computed at this very timestep, not at one that counts as the same."""
