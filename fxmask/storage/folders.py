@@ -107,7 +107,7 @@ def require_ours(place: Path, folder: str | Path | None = None) -> None:
         raise MaskError(f"{place / PARTS} is a link, and what it leads to may be someone else's; give another folder")
     if (place / PLAN).exists():
         owned_files(place / PLAN)
-    elif place.exists() and (not place.is_dir() or _foreign(place)):
+    elif os.path.lexists(place) and (not place.is_dir() or _foreign(place)):
         raise MaskError(f"{folder} exists and holds no plan; give another folder")
 
 
