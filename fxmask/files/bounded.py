@@ -15,7 +15,7 @@ JSON_DEPTH = 100
 JSON_CONTAINERS = 2_000_000  # lists and objects: two bytes of text are up to 64 bytes of memory
 TENSOR_BYTES = 1024 * MEBI
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _OPENING, _CLOSING = frozenset(b"[{"), frozenset(b"]}")
 
 
