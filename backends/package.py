@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from fxmask._torch import aoti_compile, aoti_load, tracing
+from fxmask.backends.archive import check_archive
 from fxmask.backends.inductor import can_compile
 from fxmask.backends.straight_line import chain_regions, restride
 from fxmask.errors import BackendError
@@ -154,6 +155,7 @@ class _Part:
         self._run: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
         self._strides: list[tuple[int, ...]] = []
         self._lock = threading.Lock()
+        self._checked = False
         self.package: Package | None = None
 
     def load(self, package: Package, device: torch.device | None) -> None:
@@ -175,9 +177,37 @@ class _Part:
                     place = next((x.device for x in arguments), None)
                     self.load(Package(self._path, tuple(x.stride() for x in arguments)), place)
         elif [x.stride() for x in arguments] != self._strides:
+            self._check_layouts(arguments)
             arguments = tuple(map(restride, arguments, self._strides))
         assert self._run is not None
+        self._checked = True
         return self._run(list(arguments))
+
+    def _check_layouts(self, arguments: Sequence[torch.Tensor]) -> None:
+        """Before the first call: compiled code that is given too little memory reads beyond it.
+
+        Raises:
+            BackendError: the part was compiled for arguments of other sizes.
+        """
+        if self._checked:
+            return
+        fits = len(arguments) == len(self._strides) and all(
+            x.stride() == strides or _is_dense(x.shape, strides) for x, strides in zip(arguments, self._strides, strict=True)
+        )
+        if not fits:
+            raise BackendError(f"{self._path} was compiled for arguments of other layouts; export the package again")
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements lie side by side, in whatever order of dimensions."""
+    if len(shape) != len(strides):
+        return False
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+        if stride != expected and 0 not in shape:
+            return False
+        expected *= size
+    return True
 
 
 def build_package(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor], path: Path) -> None:
@@ -204,6 +234,7 @@ def load_package(path: Path, device: torch.device | None) -> Callable[[list[torc
     Raises:
         BackendError: it is no package, or not for this machine.
     """
+    check_archive(path)
     index = -1 if device is None or device.index is None or device.type == "cpu" else device.index
     try:
         return aoti_load(path, index)

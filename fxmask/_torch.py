@@ -70,6 +70,7 @@ __all__ = [
     "pytree",
     "quiet_loggers",
     "recording_graph",
+    "registered_operators",
     "shape_only",
     "share_state",
     "tensor_stores",
@@ -284,6 +285,11 @@ def collected_output_code(keep: Callable[[str], Any]) -> Iterator[None]:
 
     with mock.patch.object(GraphLowering, "save_output_code", keep):
         yield
+
+
+def registered_operators() -> frozenset[str]:
+    """Names of all operators that PyTorch's dispatcher knows now: ``aten::add.Tensor``, ``aten::relu``."""
+    return frozenset(torch._C._dispatch_get_all_op_names())
 
 
 def aoti_compile(exported: torch.export.ExportedProgram, path: Path) -> None:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from fxmask._torch import pytree
 from fxmask.backends import get_backend
 from fxmask.errors import InputError, MaskError
+from fxmask.files.foreign import foreign_errors_as
 from fxmask.frontend.capture import capture
 from fxmask.frontend.examples import ExampleInputs
 from fxmask.frontend.modules import module_device, require_denoiser
@@ -26,14 +27,17 @@ from fxmask.learning.paper.options import PaperOptions
 from fxmask.learning.ranks import Group
 from fxmask.learning.search import Search
 from fxmask.passes.rectify import rectify
+from fxmask.runtime.compare_steps import compare_steps
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.sampling.same_sampler import abbreviated, cannot_make, is_same_grid, sampler_facts, scheduler_facts, timesteps_of
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.schedulers import require_scheduler
 from fxmask.sampling.trajectory import record
-from fxmask.storage.folders import differences
-from fxmask.storage.packages import is_package, read_package
-from fxmask.storage.plans import load_plan
+from fxmask.storage.differences import differences
+from fxmask.storage.folders import read_again
+from fxmask.storage.packages import agrees, is_package, read_package
+from fxmask.storage.plan_file import FOREIGN
+from fxmask.storage.plans import facts_of, load_plan
 
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
@@ -300,12 +304,13 @@ def load(
     *,
     backend: str | None = None,
     mode: str | None = None,
+    allow_compiled: bool = False,
     progress: bool = True,
 ) -> AcceleratedModel:
     """Accelerate a model with what ``AcceleratedModel.save`` or ``export`` wrote.
 
-    A folder from ``export`` is loaded without capture and without compilation, unless another ``backend`` is asked for. It
-    holds machine code, so load only what you trust.
+    A folder from ``export`` holds machine code. With ``allow_compiled=True`` it is loaded without capture and without
+    compilation; each step graph is compared once with what it was compiled from.
 
     Args:
         folder: the saved plan, or the package.
@@ -314,56 +319,66 @@ def load(
             ``fxmask.compile`` knows its timesteps only.
         backend: other than the saved one; a package is then taken for the saved plan that it is too.
         mode: of the backend, other than the saved one.
+        allow_compiled: run the machine code of a package. Only for folders of which you trust everyone who could write them.
         progress: show a progress bar while compiling.
 
     Raises:
-        InputError: the model is in training mode.
+        InputError: the model is in training mode, or the folder is a package and ``allow_compiled`` is not set.
         MaskError: the plan is damaged, or model or scheduler differ; says in what.
         BackendError: the package was compiled for another version of PyTorch, kind of device or processor.
     """
     if isinstance(folder, torch.nn.Module):
         raise InputError("the folder comes first: fxmask.load(folder, model, scheduler)")
-    model = require_denoiser(model)
-    if is_package(folder) and backend in (None, "package"):
-        return _load_package(folder, model, scheduler, progress)
-    mask, facts, example = load_plan(folder)
+    model, place = require_denoiser(model), Path(folder)
+    packaged = backend in (None, "package") and read_again(place, lambda: is_package(place))
+    if packaged and not allow_compiled:
+        raise InputError(
+            f"{folder} is a package, which runs machine code from that folder; pass allow_compiled=True if you trust whoever "
+            "wrote it, or backend='inductor' to take only its plan and compile here"
+        )
+    if packaged:
+        loaded: AcceleratedModel = read_again(place, lambda: _load_package(place, model, scheduler, progress))
+        return loaded
+    mask, facts, example = load_plan(place)
+    facts = facts_of(place, mask, facts)
     _refuse_other_scheduler(folder, facts, mask, scheduler)
     device = module_device(model)
-    program = capture(
-        model,
-        pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example),
-        roles={name.split(".")[0]: role for name, role in facts["roles"].items()},
-    )
+    with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {folder}", FOREIGN):
+        program = capture(
+            model,
+            pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example),
+            roles={name.split(".")[0]: role for name, role in facts["roles"].items()},
+        )
     _refuse_other_program(folder, mask, facts, program)
+    with foreign_errors_as(MaskError, f"the plan in {folder} does not fit this {type(model).__name__}", FOREIGN):
+        plan = rectify(program, mask, start=facts["start"])
     accelerated = AcceleratedModel(
-        program,
-        rectify(program, mask, start=facts["start"]),
-        backend or facts["backend"],
-        mode if backend or mode else facts.get("mode"),
-        facts=_about_sampler(facts),
+        program, plan, backend or facts["backend"], mode if backend or mode else facts.get("mode"), facts=_about_sampler(facts)
     )
     return accelerated if (backend or facts["backend"]) == "eager" else accelerated.compile_all(progress=progress)
 
 
-def _load_package(folder: str | Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
+def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
     """A model whose step graphs are in a package; they are compared with the model before it is handed out."""
     package = read_package(folder, model, progress=progress)
     _refuse_other_scheduler(folder, package.facts, package.mask, scheduler)
-    plan = rectify(package.program, package.mask, start=package.facts["start"])
-    accelerated = AcceleratedModel(
-        package.program, plan, "package", compiler=package.compiler, facts=_about_sampler(package.facts)
-    )
-    executor = accelerated.executor
-    executor.graphs.prepare(plan)
-    if package.compiler.missing:
-        raise MaskError(
-            f"the package in {folder} was exported by another version of fxmask, which cuts graphs differently; "
-            "load it with backend='inductor', which captures and compiles, and export that"
+    with foreign_errors_as(MaskError, f"the package in {folder} is damaged", FOREIGN):
+        plan = rectify(package.program, package.mask, start=package.facts["start"])
+        accelerated = AcceleratedModel(
+            package.program, plan, "package", compiler=package.compiler, facts=_about_sampler(package.facts)
         )
-    tensors = list(package.program.example.tensors.values())
-    with torch.no_grad():
-        executor.begin(tensors)
-        package.compare(executor.run_full(tensors))
+        executor = accelerated.executor
+        executor.graphs.prepare(plan)
+        if package.compiler.missing:
+            raise MaskError(
+                f"the package in {folder} was exported by another version of fxmask, which cuts graphs differently; "
+                "load it with backend='inductor', which captures and compiles, and export that"
+            )
+        tensors = list(package.program.example.tensors.values())
+        with torch.no_grad():
+            executor.begin(tensors)
+            package.compare(executor.run_full(tensors))
+            compare_steps(executor, agrees)
     return accelerated
 
 

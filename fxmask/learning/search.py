@@ -30,6 +30,7 @@ from fxmask.learning.constraints import is_met, keeps_limits, trimmed
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.finalists import best_of_families, refine_finalists, refit_on_held_out
 from fxmask.learning.forms import Forms
+from fxmask.learning.identity import identity_of
 from fxmask.learning.journal import Journal
 from fxmask.learning.levels import BENDS, Level, evenly, levels_of
 from fxmask.learning.local_search import neighbour
@@ -102,8 +103,10 @@ class Search:
         self.seed = seed
         self.stochastic = any(t.stochastic for t in trajectories)
         self.progress = Progress(progress)
-        identity = _identity(student, seed, limits, effort, 2 if self.stochastic else 0, cost)
-        journal = Journal(checkpoint, group.agree(identity), group)
+        options = seed, limits, effort, 2 if self.stochastic else 0, cost
+        identity = identity_of(program, trajectories, (*options, backend)) if checkpoint is not None and group.rank == 0 else ""
+        old_identity = group.agree(_identity_1(student, *options))
+        journal = Journal(checkpoint, group.agree(identity), group, old_identity)
         self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed)
         self.student, self.judge = student, judge
         if cost == "latency":
@@ -345,8 +348,8 @@ def _shares(
     return training, held_out, group if not held or held >= group.size else None
 
 
-def _identity(student: Student, seed: int, limits: Limits, effort: Effort, samples: int, cost: str) -> str:
-    """What a checkpoint belongs to."""
+def _identity_1(student: Student, seed: int, limits: Limits, effort: Effort, samples: int, cost: str) -> str:
+    """What a checkpoint of the first version belongs to."""
     first = student.trajectories[0]
     parts = (student.program.fingerprint, first.timesteps, float(first.final.double().sum()), seed, limits)
     return repr((*parts, effort, samples)) + ("" if cost == "macs" else cost)

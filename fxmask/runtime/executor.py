@@ -126,9 +126,9 @@ class Executor:
         first = {step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}
         for step in tqdm(sorted(first.values()), desc="compiling step graphs", unit="graph", disable=not progress):
             slots = {slot for load in self.plan.steps[step].formed for slot in load.slots} | set(self.plan.steps[step].drop)
-            self.run_step(step, tensors, {slot: self._blank(slot) for slot in slots}, rows)
+            self.run_step(step, tensors, {slot: self.blank(slot) for slot in slots}, rows)
 
-    def _blank(self, slot: Slot) -> torch.Tensor:
+    def blank(self, slot: Slot) -> torch.Tensor:
         """A cached value like ``run_step`` would store, filled with zeros."""
         value = self.program.node(self.program.block(slot.block).values[slot.value]).meta["val"]
         sizes, strides = tuple(map(int, value.shape)), tuple(map(int, value.stride()))

@@ -8,7 +8,8 @@ import torch
 
 from fxmask.backends.package import Package, Packages
 from fxmask.backends.toolchain import cpu_compiler_problem
-from fxmask.errors import BackendError
+from fxmask.errors import BackendError, MaskError
+from fxmask.files.foreign import foreign_errors_as
 from fxmask.frontend.modules import module_device
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
@@ -16,6 +17,7 @@ from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
 from fxmask.storage.graph_data import graph_to_data
 from fxmask.storage.package_weights import weights_to_data
+from fxmask.storage.recompute import check_values
 
 
 def compile_packages(program: Program, plan: Plan, known: Mapping[str, Package], *, closed: bool, progress: bool) -> Packages:
@@ -38,6 +40,8 @@ def compile_packages(program: Program, plan: Plan, known: Mapping[str, Package],
     """
     graph_to_data(program.graph_module.graph)  # refuse what cannot be stored before it is compiled
     weights_to_data(program)
+    with foreign_errors_as(MaskError, "the program cannot be stored", "save its plan instead"):
+        check_values(program.graph_module, list(program.example.tensors.values()))
     device = module_device(program.model)
     problem = cpu_compiler_problem() if device.type == "cpu" and not closed else None
     if problem is not None:

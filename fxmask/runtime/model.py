@@ -41,6 +41,7 @@ from fxmask.runtime.marks import Marks
 from fxmask.runtime.report import Report
 from fxmask.runtime.stand_in import stand_in
 from fxmask.runtime.variants import Variants
+from fxmask.storage.folders import check_destination
 from fxmask.storage.packages import write_package
 from fxmask.storage.plans import save_mask
 
@@ -269,7 +270,8 @@ class AcceleratedModel(torch.nn.Module):
         """Save mask, forecasts and what they were made for; ``fxmask.load(folder, model)`` reads them. No weights.
 
         Raises:
-            MaskError: the folder holds something else, or the captured call holds an argument that cannot be saved.
+            MaskError: the folder holds something else or cannot be written, or the captured call holds an argument that cannot
+                be saved.
         """
         facts = {**self._facts(), "backend": self._fxmask.variants.backend, "mode": self._fxmask.variants.mode}
         save_mask(folder, self._source(), facts, self.program.example.arguments)
@@ -283,7 +285,7 @@ class AcceleratedModel(torch.nn.Module):
         processor.
 
         Args:
-            folder: is replaced if it holds a plan; any other folder with something in it is refused.
+            folder: its plan is replaced, other files in it stay. One without a plan and with something in it is refused.
             progress: show a progress bar.
 
         Raises:
@@ -294,6 +296,7 @@ class AcceleratedModel(torch.nn.Module):
         if self.program.assumptions is not None:
             place = self.program.assumptions.conditions[0].place
             raise MaskError(f"the model branches on the values of its arguments ({place}), and a package cannot ask for these")
+        check_destination(folder)
         known = self._packages()
         closed = self._fxmask.variants.loaded and bool(known)
         compiler = compile_packages(self.program, self.plan, known, closed=closed, progress=progress)

@@ -1,65 +1,189 @@
-"""Folders that are replaced as a whole, digests, and what differs between two descriptions."""
+"""A folder that holds a plan, at every look, beside whatever else lies in it.
+
+    lock ─▶ note what will be written ─▶ write files under new names ─▶ replace plan.json ─▶ remove the old files
+
+plan.json names every file that belongs to it, so replacing it is the one moment at which the plan changes. What was noted and
+is not named by plan.json is removed: after an error at once, after a kill at the next save. Nothing else is ever removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fxmask.errors import MaskError
+from fxmask.errors import FxmaskError, MaskError
+from fxmask.files.bounded import JSON_BYTES, digest_of, read_bounded
+from fxmask.files.foreign import foreign_errors_as
+from fxmask.files.lock import NOFOLLOW, locked
+from fxmask.files.replace import replace_file, sync_folder, write_new
+from fxmask.files.sealed import seal
+from fxmask.storage.plan_file import owned_files
+from fxmask.storage.schema import PARTS, PLAN, FileEntry, is_own_file
 
-PLAN = "plan.json"
+LOCK = ".fxmask.lock"
+NOTES = ".fxmask.writing"  # names of files that may be removed where plan.json does not name them, one a line
+PARTIAL = ".fxmask.partial"
+MARKS = frozenset({LOCK, NOTES, PARTIAL})
+SYSTEM = frozenset({"lost+found", ".DS_Store"})  # what a file system puts into an empty folder
+ELSEWHERE = "check that there is room and that the folder may be written, or give another one"
+
+
+class Exchange:
+    """Files that are written beside the old ones, until ``commit``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.files: dict[str, FileEntry] = {}
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a file; the digest is part of its name where the name is taken.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        digest = digest_of(content)
+        stem, dot, suffix = name.rpartition(".")
+        path = f"{stem}-{digest[:16]}{dot}{suffix}" if (self._folder / name).exists() else name
+        self.files[name] = FileEntry(path, len(content), digest)
+        place = self._folder / path
+        if place.is_file() and digest_of(place.read_bytes()) == digest:
+            return
+        _note(self._folder, path)
+        place.parent.mkdir(exist_ok=True)
+        place.unlink(missing_ok=True)
+        write_new(place, content)
+
+    def commit(self, state: Mapping[str, Any]) -> None:
+        """Make these files the plan.
+
+        Raises:
+            OSError: plan.json cannot be written; the old plan is still there.
+        """
+        for place in {(self._folder / entry.path).parent for entry in self.files.values()}:
+            sync_folder(place)
+        replace_file(self._folder / PLAN, seal(state, indent=1), self._folder / PARTIAL)
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of ``folder`` once everything is in it.
+def exchange(folder: str | Path) -> Iterator[Exchange]:
+    """Replace the plan in a folder; the block ends with ``commit``.
 
     Args:
-        folder: is replaced if it holds a plan; any other folder with something in it is refused.
+        folder: is made if it is not there; a link to a folder is followed. Other files in it stay.
 
     Raises:
-        MaskError: the folder holds something else.
+        MaskError: the folder holds something else, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / PLAN).exists())):
+    with foreign_errors_as(MaskError, f"{folder} cannot be written", ELSEWHERE):
+        place = Path(os.path.realpath(folder))
+        made = _make(place)
+        try:
+            with locked(place / LOCK):
+                require_ours(place, folder)
+                _sweep(place)  # of a save that was killed
+                for name in owned_files(place / PLAN):
+                    _note(place, name)
+                try:
+                    yield Exchange(place)
+                finally:
+                    _sweep(place)
+        finally:
+            if made:
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # if nothing came into it
+
+
+def require_ours(place: Path, folder: str | Path | None = None) -> None:
+    """Refuse to write into a folder that is something else's. What an interrupted save left there is ours.
+
+    Raises:
+        MaskError: there is a file in its place, or it has something in it and no plan of ours.
+    """
+    folder = place if folder is None else folder
+    if (place / PARTS).is_symlink():
+        raise MaskError(f"{place / PARTS} is a link, and what it leads to may be someone else's; give another folder")
+    if (place / PLAN).exists():
+        owned_files(place / PLAN)
+    elif os.path.lexists(place) and (not place.is_dir() or _foreign(place)):
         raise MaskError(f"{folder} exists and holds no plan; give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+
+
+def check_destination(folder: str | Path) -> None:
+    """Refuse now what ``exchange`` would refuse, before the work is done.
+
+    Raises:
+        MaskError: the folder holds something else, or cannot be written.
+    """
+    with foreign_errors_as(MaskError, f"{folder} cannot be written", ELSEWHERE):
+        place = Path(os.path.realpath(folder))
+        require_ours(place, folder)
+        nearest = next(parent for parent in (place, *place.parents) if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(f"{nearest} is no folder that may be written")
+
+
+def read_again(folder: Path, read: Callable[[], Any]) -> Any:
+    """What ``read`` returns. Where it fails and the plan was replaced meanwhile, it reads the new one.
+
+    Raises:
+        FxmaskError: of ``read``, for a plan that stays as it is.
+    """
+    for _ in range(1000):
+        before = _look(folder)
+        try:
+            return read()
+        except FxmaskError:
+            if _look(folder) == before:
+                raise
+    return read()
+
+
+def _look(folder: Path) -> bytes | None:
+    with contextlib.suppress(OSError, ValueError):
+        return read_bounded(folder / PLAN, JSON_BYTES)
+    return None
+
+
+def _make(place: Path) -> bool:
+    """Make the folder; whether it was not there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        old = folder.with_name(f"{folder.name}.{os.getpid()}.old.tmp")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        place.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two nested dictionaries, as readable lines."""
-    lines = []
-    for key in sorted({*saved, *now}):
-        a, b = saved.get(key), now.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: saved {_short(a)}, now {_short(b)}")
-    return lines
+def _foreign(place: Path) -> set[str]:
+    """What lies in a folder besides what we noted down."""
+    noted = {Path(name).parts[0] for name in _noted(place)}
+    return {path.name for path in place.iterdir()} - MARKS - SYSTEM - noted
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _note(place: Path, name: str) -> None:
+    opened = os.open(place / NOTES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NOFOLLOW, 0o666)
+    with open(opened, "a", encoding="utf-8") as notes:
+        notes.write(name + "\n")
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _noted(place: Path) -> set[str]:
+    """Names that were noted down and are of the kind that we give."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = read_bounded(place / NOTES, JSON_BYTES).decode("utf-8", "replace").splitlines()
+        return {line for line in lines if is_own_file(line)}
+    return set()
+
+
+def _sweep(place: Path) -> None:
+    """Remove what was noted down and does not belong to the plan, and then the notes."""
+    kept = owned_files(place / PLAN) if (place / PLAN).exists() else set()
+    with contextlib.suppress(OSError):
+        for name in _noted(place) - kept:
+            (place / name).unlink(missing_ok=True)
+        (place / PARTIAL).unlink(missing_ok=True)
+        if (place / PARTS).is_dir() and not any((place / PARTS).iterdir()):
+            (place / PARTS).rmdir()
+        (place / NOTES).unlink(missing_ok=True)

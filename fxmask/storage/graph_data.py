@@ -3,13 +3,16 @@
     %y = linear(%x, %w)     ["call_function", "linear", "aten.linear.default", [{"node": "x"}, {"node": "w"}], {}, value]
 
 Operators go by the names under which PyTorch registers them, weights by the names of graph attributes. No pickle: what is
-read can call nothing but registered operators.
+read can call nothing but registered operators that compute (``operators``), and whatever name becomes part of the code that fx
+generates is an identifier.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +21,16 @@ from torch import fx
 
 from fxmask._torch import OpOverload, shape_only
 from fxmask.errors import MaskError
+from fxmask.storage.operators import operator_named
 
 GETITEM = "getitem"
+MOST_NODES = 500_000
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_TORCH_NAMES = {
+    kind: {str(x).removeprefix("torch."): x for x in vars(torch).values() if isinstance(x, cls)} for kind, cls in _NAMED.items()
+}
+_ATTRIBUTE = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_OWN = frozenset({"forward", "graph", "code", "training"})  # attributes of a graph module that a weight may not replace
 
 
 def graph_to_data(graph: fx.Graph) -> list[Any]:
@@ -44,14 +54,18 @@ def graph_from_data(data: Sequence[Any], attributes: Mapping[str, torch.Tensor],
         device: in place of every device of its type.
 
     Raises:
-        MaskError: an operator is not registered in this process; names it.
+        MaskError: an operator is not registered in this process, or is none that a captured program can have; names it.
         Exception: whatever damaged data leads to.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
+    if len(data) > MOST_NODES:
+        raise ValueError(f"its graph has {len(data)} nodes")
     for op, name, target, args, kwargs, value in data:
-        made: Any = _operator(target) if op == "call_function" else target
-        node = graph.create_node(op, made, _decode(args, nodes, device), _decode(kwargs, nodes, device), name)
+        made = _checked_target(op, name, target)
+        decoded = _decode(args, nodes, device), _decode(kwargs, nodes, device)
+        _check_arguments(op, name, *decoded)
+        node = graph.create_node(op, made, *decoded, name)
         if node.name != name:
             raise ValueError(f"two nodes are named {name!r}")
         nodes[name] = node
@@ -73,14 +87,31 @@ def _target(node: fx.Node) -> str:
     )
 
 
-def _operator(name: str) -> Any:
-    if name == GETITEM:
-        return operator.getitem
-    namespace, packet, overload = name.split(".")
-    try:
-        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    except AttributeError:
-        raise MaskError(f"operator {name} is not registered in this process; import the library that defines it") from None
+def _checked_target(op: str, name: str, target: Any) -> Any:
+    """What a node calls or reads."""
+    if not _is_identifier(name):
+        raise ValueError(f"a node is named {name!r}")
+    if op == "call_function":
+        return operator.getitem if target == GETITEM else operator_named(target)
+    if op == "get_attr":
+        atoms = str(target).split(".")
+        if not _ATTRIBUTE.fullmatch(target) or atoms[0] in _OWN or any(atom.startswith("__") for atom in atoms):
+            raise ValueError(f"node {name} reads the attribute {target!r}")
+    elif op not in ("placeholder", "output") or not _is_identifier(target):
+        raise ValueError(f"node {name} is a {op} of {target!r}")
+    return target
+
+
+def _check_arguments(op: str, name: str, args: Any, kwargs: Any) -> None:
+    wanted = op in ("call_function", "output")
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict) or (not wanted and (args or kwargs)):
+        raise ValueError(f"node {name} has arguments of another kind")
+    if not all(map(_is_identifier, kwargs)):
+        raise ValueError(f"node {name} has arguments named {list(kwargs)}")
+
+
+def _is_identifier(name: Any) -> bool:
+    return isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def _encode(value: Any) -> Any:
@@ -111,6 +142,8 @@ def _decode(data: Any, nodes: Mapping[str, fx.Node], device: torch.device) -> An
     if isinstance(data, list):
         return [_decode(item, nodes, device) for item in data]
     if not isinstance(data, dict):
+        if isinstance(data, int) and not -(2**63) <= data < 2**63:
+            raise ValueError(f"an argument is {data}")
         return data
     ((kind, value),) = data.items()
     if kind == "node":
@@ -125,10 +158,7 @@ def _decode(data: Any, nodes: Mapping[str, fx.Node], device: torch.device) -> An
         return complex(*(_decode(part, nodes, device) for part in value))
     if kind == "float":
         return float(value)
-    found = getattr(torch, value)
-    if not isinstance(found, _NAMED[kind]):
-        raise ValueError(f"{value} is no {kind}")
-    return found
+    return _TORCH_NAMES[kind][value]
 
 
 def _encode_value(value: Any) -> Any:
@@ -172,4 +202,7 @@ class _Shaped(torch.Tensor):
 
 
 def _placed(kind: str, device: torch.device) -> torch.device:
+    """The device of that type that is meant; ``kind`` names no number."""
+    if not isinstance(kind, str) or ":" in kind:
+        raise ValueError(f"{kind!r} is no kind of device")
     return device if device.type == kind else torch.device(kind)

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from fxmask.errors import MaskError
 from fxmask.ir.program import Program
 from fxmask.ir.weights import attribute_of, named_tensors
-from fxmask.storage.folders import differences, digest
+from fxmask.storage.differences import differences
+from fxmask.storage.schema import WeightData
 
-CONSTANTS = "package.safetensors"
-FOREIGN = "copy the folder as a whole, or export it again"
+PADDING = 16  # a constant's memory is at most so many times its values', and a mebibyte
 
 
 def weights_to_data(program: Program) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -45,36 +44,55 @@ def weights_to_data(program: Program) -> tuple[dict[str, Any], dict[str, torch.T
 
 
 def read_attributes(
-    folder: Path, state: Mapping[str, Any], model: torch.nn.Module, device: torch.device
+    folder: Path,
+    weights: Mapping[str, WeightData],
+    constants: Mapping[str, torch.Tensor],
+    model: torch.nn.Module,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """What the graph holds: the model's own tensors, and constants.
 
     Raises:
         MaskError: the model's tensors are not those that were exported; lists up to ten differences.
+        ValueError, KeyError: a constant is missing, or not what is said of it.
     """
-    if not (folder / CONSTANTS).is_file() or digest(folder / CONSTANTS) != state["constants"]:
-        raise MaskError(f"{folder / CONSTANTS} is not the file that was exported; {FOREIGN}")
-    constants = load_file(folder / CONSTANTS)
     tensors = dict(named_tensors(model))
     attributes: dict[str, torch.Tensor] = {}
     lines = []
-    for target, expected in state["program"]["weights"].items():
-        name = expected["name"]
+    for target, expected in weights.items():
+        name = expected.name
         if name is None:
-            kind = torch.device(expected["device"])
-            attributes[target] = _strided(constants[target], expected["stride"]).to(
-                device if device.type == kind.type else kind
-            )
+            attributes[target] = _constant(target, constants[target], expected, device)
         elif name not in tensors:
-            lines.append(f"{name}: exported {expected['dtype']}{expected['shape']}, now missing")
+            lines.append(f"{name}: exported {expected.dtype}{expected.shape}, now missing")
         else:
-            now = {"name": name, **_layout(tensors[name])}
-            lines += [line.replace("saved", "exported", 1) for line in differences(expected, now, f"{name}.")]
+            found = differences(_expected_layout(expected), _layout(tensors[name]), f"{name}.")
+            lines += [line.replace("saved", "exported", 1) for line in found]
             attributes[target] = tensors[name]
     if lines:
         more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
         raise MaskError(f"the package in {folder} was exported for another model:\n  " + "\n  ".join(lines[:10] + more))
     return attributes
+
+
+def _constant(target: str, tensor: torch.Tensor, expected: WeightData, device: torch.device) -> torch.Tensor:
+    """A constant where it was and in the memory layout that it had."""
+    if {**_layout(tensor), "stride": 0, "device": 0} != {**_expected_layout(expected), "stride": 0, "device": 0}:
+        raise ValueError(f"constant {target} is {tensor.dtype}{list(tensor.shape)}, not {expected.dtype}{expected.shape}")
+    kind = torch.device(expected.device)
+    made = _strided(tensor, expected.stride).to(device if device.type == kind.type else kind)
+    if list(made.stride()) != expected.stride:
+        raise ValueError(f"constant {target} cannot have the strides {expected.stride}")
+    return made
+
+
+def _expected_layout(expected: WeightData) -> dict[str, Any]:
+    return {
+        "shape": list(expected.shape),
+        "dtype": expected.dtype,
+        "stride": list(expected.stride),
+        "device": expected.device,
+    }
 
 
 def _layout(tensor: torch.Tensor) -> dict[str, Any]:
@@ -84,6 +102,11 @@ def _layout(tensor: torch.Tensor) -> dict[str, Any]:
 
 def _strided(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     """A contiguous tensor in the memory layout that it had; where a stride is 0, one element stands for all."""
+    if len(strides) != tensor.dim():
+        raise ValueError(f"{len(strides)} strides for {tensor.dim()} dimensions")
     distinct = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(distinct.shape, strides, strict=True) if n > 0)
+    if extent * tensor.element_size() > PADDING * distinct.numel() * tensor.element_size() + 2**20:
+        raise ValueError(f"strides {list(strides)} are more memory than the values of {list(tensor.shape)}")
     made = torch.empty_strided(distinct.shape, list(strides), dtype=tensor.dtype).copy_(distinct)
     return made.expand(tensor.shape)

@@ -51,7 +51,7 @@ def test_old_plans_load_and_run(name):
 
 @bits
 def test_an_old_package_loads_and_runs():
-    accelerated = fxmask.load(make.HERE / f"{make.PACKAGED}-package", make.dit(), progress=False)
+    accelerated = fxmask.load(make.HERE / f"{make.PACKAGED}-package", make.dit(), allow_compiled=True, progress=False)
     again = fxmask.load(make.HERE / make.PACKAGED, make.dit(), progress=False)
     call = dict(accelerated.program.example.arguments)
     for model in (accelerated, again):

@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import TIMESTEPS, TinyTransformer, ddim, every_other, make_calls
+from reseal import edit_package, place_of, plan_state, reseal
 
 import fxmask
 from fxmask import BackendError, MaskError
 from fxmask.backends import inductor, package
 from fxmask.passes.split_regions import structure
 from fxmask.runtime import export as exporting
-from fxmask.storage import packages
+from fxmask.storage import folders
 from fxmask.storage.graph_data import graph_from_data, graph_to_data
-from fxmask.storage.package_weights import CONSTANTS
-from fxmask.storage.packages import PACKAGE, PARTS
+from fxmask.storage.schema import CONSTANTS, PACKAGE, PARTS, PLAN, TENSORS
 
 compiles = pytest.mark.skipif(inductor.cpu_compiler_problem() is not None, reason="no C++ compiler")
 
@@ -48,7 +48,7 @@ torch.export.export = torch.compile = torch._inductor.standalone_compile = torch
 fxmask.frontend.capture._capture = fxmask.passes.batch_steps.make_fx = fxmask.frontend.trace_values.make_fx = forbidden
 torch._inductor.compile_fx.compile_fx = torch._inductor.compile_fx.compile_fx_aot = forbidden
 inductor.compile_graph = package.build_package = subprocess.Popen.__init__ = forbidden
-accelerated = fxmask.load({folder!r}, model, progress=False)
+accelerated = fxmask.load({folder!r}, model, progress=False, allow_compiled=True)
 calls = make_calls()
 torch.save([run(accelerated, calls), [accelerated(**call) for call in calls[2:]]], {out!r})
 """
@@ -137,11 +137,6 @@ def folder(accelerated, shelf, tmp_path) -> Path:
     return tmp_path / "package"
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    state = json.loads((folder / PACKAGE).read_text())
-    (folder / PACKAGE).write_text(json.dumps({**state, **changes}))
-
-
 @compiles
 def test_a_second_process_without_compiler_gives_the_same_samples(tmp_path):
     model, calls = model_of(), make_calls()
@@ -185,7 +180,7 @@ def test_a_loaded_package_does_what_the_exported_model_does(program, accelerated
         [PACKAGE, CONSTANTS, PARTS, "plan.json", "plan.safetensors"]
     )
     model, calls = model_of(Conditioned), conditioned_calls()
-    loaded = fxmask.load(folder, model, progress=False)
+    loaded = fxmask.load(folder, model, progress=False, allow_compiled=True)
     assert close(run(loaded, calls), fxmask.reference.run(program, every_other(program), calls))
     assert close(run(loaded, calls), run(accelerated, calls))
     assert [tuple(x.shape) for x in run(loaded, calls)] == [(2, 6, 4)] * 5
@@ -203,7 +198,7 @@ def test_a_loaded_package_does_what_the_exported_model_does(program, accelerated
 
 def test_the_weights_are_the_models_own(folder):
     model, calls = model_of(Conditioned), conditioned_calls()
-    loaded = fxmask.load(folder, model, progress=False)
+    loaded = fxmask.load(folder, model, progress=False, allow_compiled=True)
     own = {id(x) for x in [*model.parameters(), *model.buffers()]}
     held = {name for name, tensor in loaded.program.weights.items() if id(tensor) not in own}
     assert held == {name for name in held if name.startswith("constant_")}
@@ -216,7 +211,7 @@ def test_the_weights_are_the_models_own(folder):
 
 
 def test_lanes_and_inferred_runs(folder, accelerated):
-    loaded = fxmask.load(folder, model_of(Conditioned), progress=False)
+    loaded = fxmask.load(folder, model_of(Conditioned), progress=False, allow_compiled=True)
     first, second = conditioned_calls(), [{**call, "words": -call["words"]} for call in conditioned_calls()]
     expected = [run(accelerated, first), run(accelerated, second)]
     with loaded.generation():
@@ -235,7 +230,7 @@ def test_regions_where_there_are_many_graphs(shelf, tmp_path):
     plan = fxmask.rectify(program, mask)
     fxmask.compile(program, plan, backend="eager").export(tmp_path / "package")
     assert len(shelf) < 0.7 * plan.distinct_graphs
-    loaded = fxmask.load(tmp_path / "package", program.model, progress=False)
+    loaded = fxmask.load(tmp_path / "package", program.model, progress=False, allow_compiled=True)
     assert close(run(loaded, calls), fxmask.reference.run(program, mask, calls))
 
 
@@ -245,7 +240,7 @@ def test_graphs_that_were_not_exported_run_operator_by_operator(program, shelf, 
     mask = fxmask.Mask(rows, TIMESTEPS, names)
     fxmask.compile(program, fxmask.rectify(program, mask), backend="eager").export(tmp_path / "package")
     model, calls = model_of(Conditioned), conditioned_calls()
-    loaded = fxmask.load(tmp_path / "package", model, progress=False)
+    loaded = fxmask.load(tmp_path / "package", model, progress=False, allow_compiled=True)
     expected = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
     made = len(shelf)
     with pytest.warns(UserWarning, match="not exported; these run operator by operator"):
@@ -257,7 +252,7 @@ def test_graphs_that_were_not_exported_run_operator_by_operator(program, shelf, 
 def test_another_form_of_call_is_captured_with_a_warning(folder, monkeypatch):
     monkeypatch.setattr(inductor, "cpu_compiler_problem", lambda: "No working C++ compiler found")
     model, calls = model_of(Conditioned), conditioned_calls(batch=3)
-    loaded = fxmask.load(folder, model, progress=False)
+    loaded = fxmask.load(folder, model, progress=False, allow_compiled=True)
     with (
         pytest.warns(UserWarning, match=r"x was float32\[2, 6, 4\] on cpu, is float32\[3, 6, 4\] on cpu.*; export a package"),
         pytest.warns(UserWarning, match="run eagerly"),
@@ -265,13 +260,16 @@ def test_another_form_of_call_is_captured_with_a_warning(folder, monkeypatch):
         got = run(loaded, calls)
     program = fxmask.capture(model, calls[0])
     assert close(got, fxmask.reference.run(program, every_other(program), calls))
-    assert close(run(loaded, conditioned_calls()), run(fxmask.load(folder, model, progress=False), conditioned_calls()))
+    assert close(
+        run(loaded, conditioned_calls()),
+        run(fxmask.load(folder, model, progress=False, allow_compiled=True), conditioned_calls()),
+    )
 
 
 def test_replaced_weights_are_captured_with_a_warning(folder, monkeypatch):
     monkeypatch.setattr(inductor, "cpu_compiler_problem", lambda: "No working C++ compiler found")
     model, calls = model_of(Conditioned), conditioned_calls()
-    loaded = fxmask.load(folder, model, progress=False)
+    loaded = fxmask.load(folder, model, progress=False, allow_compiled=True)
     model.head = torch.nn.Linear(8, 4)
     with pytest.warns(UserWarning, match="weights were replaced"), pytest.warns(UserWarning, match="run eagerly"):
         got = run(loaded, calls)
@@ -281,7 +279,7 @@ def test_replaced_weights_are_captured_with_a_warning(folder, monkeypatch):
 
 def test_copies_compile_in_memory(folder, monkeypatch):
     monkeypatch.setattr(inductor, "cpu_compiler_problem", lambda: "No working C++ compiler found")
-    loaded = fxmask.load(folder, model_of(Conditioned), progress=False)
+    loaded = fxmask.load(folder, model_of(Conditioned), progress=False, allow_compiled=True)
     twin = copy.deepcopy(loaded)
     with pytest.warns(UserWarning, match="run eagerly"):
         assert close(run(twin, conditioned_calls()), run(loaded, conditioned_calls()))
@@ -297,10 +295,10 @@ def test_a_package_is_a_saved_plan_too(folder, accelerated):
 def test_export_of_what_was_loaded(folder, shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "cpu_compiler_problem", lambda: "No working C++ compiler found")
     made = len(shelf)
-    fxmask.load(folder, model_of(Conditioned), progress=False).export(tmp_path / "second")
-    fxmask.load(tmp_path / "second", model_of(Conditioned), progress=False).export(tmp_path / "second")
+    fxmask.load(folder, model_of(Conditioned), progress=False, allow_compiled=True).export(tmp_path / "second")
+    fxmask.load(tmp_path / "second", model_of(Conditioned), progress=False, allow_compiled=True).export(tmp_path / "second")
     assert len(shelf) == made
-    assert (tmp_path / "second" / PACKAGE).read_bytes() == (folder / PACKAGE).read_bytes()
+    assert place_of(tmp_path / "second", PACKAGE).read_bytes() == (folder / PACKAGE).read_bytes()
 
 
 def test_no_compiler(accelerated, tmp_path, monkeypatch):
@@ -316,8 +314,8 @@ def test_a_failed_export_leaves_the_old_package(accelerated, folder, monkeypatch
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(packages, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(folders, "write_new", full)
+    with pytest.raises(MaskError, match="no space"):
         accelerated.export(folder)
     assert (folder / PACKAGE).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["package"]
@@ -353,12 +351,12 @@ def test_other_weights_are_refused_with_what_differs(folder, change, message):
     model = model_of(Conditioned)
     change(model)
     with pytest.raises(MaskError, match=r"exported for another model:(.|\n)*" + message):
-        fxmask.load(folder, model, progress=False)
+        fxmask.load(folder, model, progress=False, allow_compiled=True)
 
 
 def test_other_code_with_the_same_weights_is_refused(folder):
     with pytest.raises(MaskError, match="computes something else than this Other"):
-        fxmask.load(folder, model_of(Other), progress=False)
+        fxmask.load(folder, model_of(Other), progress=False, allow_compiled=True)
 
 
 def test_other_arguments_are_refused(folder):
@@ -367,79 +365,85 @@ def test_other_arguments_are_refused(folder):
             return super().forward(x, t, text)
 
     with pytest.raises(MaskError, match="exported for another model: the denoiser cannot be called"):
-        fxmask.load(folder, model_of(Renamed), progress=False)
+        fxmask.load(folder, model_of(Renamed), progress=False, allow_compiled=True)
 
 
 def test_another_scheduler_and_training_mode_are_refused(folder):
     """A plan that was compiled by hand knows its timesteps only, one that was learned knows its scheduler."""
-    fxmask.load(folder, model_of(Conditioned), ddim(steps_offset=100), progress=False)
+    fxmask.load(folder, model_of(Conditioned), ddim(steps_offset=100), progress=False, allow_compiled=True)
     with pytest.raises(MaskError, match="timesteps: saved 900, 700.*now 800, 600"):
-        fxmask.load(folder, model_of(Conditioned), ddim(), progress=False)
-    state = json.loads((folder / "plan.json").read_text())
-    state["facts"]["scheduler"] = {"class": "EulerDiscreteScheduler", "config": {}}
-    (folder / "plan.json").write_text(json.dumps(state))
+        fxmask.load(folder, model_of(Conditioned), ddim(), progress=False, allow_compiled=True)
+    facts = plan_state(folder)["facts"]
+    reseal(folder, facts={**facts, "scheduler": {"class": "EulerDiscreteScheduler", "config": {}}})
     with pytest.raises(MaskError, match="another scheduler"):
-        fxmask.load(folder, model_of(Conditioned), ddim(), progress=False)
+        fxmask.load(folder, model_of(Conditioned), ddim(), progress=False, allow_compiled=True)
     with pytest.raises(fxmask.InputError, match="eval mode"):
-        fxmask.load(folder, model_of(Conditioned).train(), progress=False)
+        fxmask.load(folder, model_of(Conditioned).train(), progress=False, allow_compiled=True)
 
 
 def test_another_machine_is_refused(folder):
     model = model_of(Conditioned)
     machine = json.loads((folder / PACKAGE).read_text())["machine"]
     assert machine["torch"] == torch.__version__
-    edit(folder, machine={**machine, "torch": "2.0.0"})
+    edit_package(folder, machine={**machine, "torch": "2.0.0"})
     with pytest.raises(BackendError, match=r"torch: exported for '2\.0\.0', now(.|\n)*backend='inductor'"):
-        fxmask.load(folder, model, progress=False)
-    edit(folder, machine={**machine, "cpu": {**machine["cpu"], "avx4096": True}})
+        fxmask.load(folder, model, progress=False, allow_compiled=True)
+    edit_package(folder, machine={**machine, "cpu": {**machine["cpu"], "avx4096": True}})
     with pytest.raises(BackendError, match=r"cpu\.avx4096: exported for True, now None"):
-        fxmask.load(folder, model, progress=False)
-    edit(folder, machine={**machine, "device": "cuda", "gpu": "sm_90"})
+        fxmask.load(folder, model, progress=False, allow_compiled=True)
+    edit_package(folder, machine={**machine, "device": "cuda", "gpu": "sm_90"})
     with pytest.raises(BackendError, match=r"device: exported for 'cuda', now 'cpu'"):
-        fxmask.load(folder, model, progress=False)
-    edit(folder, machine={**machine, "cpu": {}})
-    fxmask.load(folder, model, progress=False)  # a processor that can do more
+        fxmask.load(folder, model, progress=False, allow_compiled=True)
+    edit_package(folder, machine={**machine, "cpu": {}})
+    fxmask.load(folder, model, progress=False, allow_compiled=True)  # a processor that can do more
 
 
 def test_damage_is_noticed(folder):
     model = model_of(Conditioned)
+    for name in (PACKAGE, CONSTANTS, PLAN, TENSORS, f"{PARTS}/{next((folder / PARTS).iterdir()).name}"):
+        content = (folder / name).read_bytes()
+        for damaged in (content + b"0", content[:-1], b"", bytes([content[0] ^ 1]) + content[1:], None):
+            (folder / name).unlink(missing_ok=True)
+            if damaged is not None:
+                (folder / name).write_bytes(damaged)
+            with pytest.raises(MaskError, match=r"is damaged|is not the file that plan.json was written with|holds no plan"):
+                fxmask.load(folder, model, progress=False, allow_compiled=True)
+        (folder / name).write_bytes(content)
+    fxmask.load(folder, model, progress=False, allow_compiled=True)
+
+
+def test_damage_with_digests_that_fit_is_noticed(folder):
+    model = model_of(Conditioned)
     state = json.loads((folder / PACKAGE).read_text())
-    first = next((folder / PARTS).iterdir())
-    content = first.read_bytes()
-    first.write_bytes(content + b"0")
-    with pytest.raises(MaskError, match=rf"{first.name} is not the file that was exported; copy the folder"):
-        fxmask.load(folder, model, progress=False)
-    first.unlink()
-    with pytest.raises(MaskError, match="is not the file that was exported"):
-        fxmask.load(folder, model, progress=False)
-    first.write_bytes(content)
     program = state["program"]
-    edit(folder, program={**program, "graph": program["graph"][:5] + program["graph"][6:]})
-    with pytest.raises(MaskError, match=r"package.json is damaged.*copy the folder"):
-        fxmask.load(folder, model, progress=False)
-    edit(folder, program={**program, "blocks": program["blocks"][1:]})
-    with pytest.raises(MaskError, match="fingerprint"):
-        fxmask.load(folder, model, progress=False)
-    edit(folder, program={key: value for key, value in program.items() if key != "weights"})
-    with pytest.raises(MaskError, match="damaged: KeyError"):
-        fxmask.load(folder, model, progress=False)
-    edit(folder, program=program, version=99)
-    with pytest.raises(MaskError, match="version 99"):
-        fxmask.load(folder, model, progress=False)
-    (folder / PACKAGE).write_text("{")
-    with pytest.raises(MaskError, match=r"package.json is damaged"):
-        fxmask.load(folder, model, progress=False)
-    (folder / PACKAGE).write_text(json.dumps(state))
-    (folder / CONSTANTS).write_bytes(b"")
-    with pytest.raises(MaskError, match=f"{CONSTANTS} is not the file"):
-        fxmask.load(folder, model, progress=False)
+
+    def refused(message, **changes):
+        edit_package(folder, **{**state, **changes})
+        with pytest.raises(fxmask.FxmaskError, match=message):
+            fxmask.load(folder, model, progress=False, allow_compiled=True)
+
+    refused("package.json is damaged", program={**program, "graph": program["graph"][:5] + program["graph"][6:]})
+    refused("fingerprint", program={**program, "blocks": program["blocks"][1:]})
+    refused("`weights`", program={key: value for key, value in program.items() if key != "weights"})
+    refused("roles", program={**program, "roles": {**program["roles"], "words": "step"}})
+    refused("version 99", version=99)
+    for k, node in enumerate(program["graph"]):
+        if isinstance(node[5], dict) and len(node[5].get("stride", ())) > 1:
+            for change in ({"stride": node[5]["stride"][::-1]}, {"shape": [n + 8 for n in node[5]["shape"]]}):
+                other = [*node[:5], {**node[5], **change}]
+                if other != node:
+                    graph = [*program["graph"][:k], other, *program["graph"][k + 1 :]]
+                    refused(r"is \(|cannot|another version", program={**program, "graph": graph})
+    edit_package(folder, **state)
+    fxmask.load(folder, model, progress=False, allow_compiled=True)
+    refused("`surplus`", surplus=1)
 
 
 def test_graphs_that_another_fxmask_cuts_differently_are_refused(folder, monkeypatch):
     monkeypatch.setattr(package, "PACKAGE_NODES", 0)
     monkeypatch.setattr(package.Packages, "prepare", lambda self, graphs: None)
     with pytest.raises(MaskError, match="another version of fxmask"):
-        fxmask.load(folder, model_of(Conditioned), progress=False)
+        fxmask.load(folder, model_of(Conditioned), progress=False, allow_compiled=True)
 
 
 @pytest.mark.parametrize("name", ["unet_program", "dit_program", "program", "tiny"])

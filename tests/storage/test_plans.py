@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fxmask
 from fxmask import MaskError
-from fxmask.storage.folders import PLAN
-from fxmask.storage.plans import TENSORS
+from fxmask.storage.schema import PLAN, TENSORS
 
 LOAD = """
 import sys, torch
@@ -72,7 +71,7 @@ def test_save_replaces_a_plan_and_nothing_else(accelerated, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_plan(accelerated, tmp_path, monkeypatch):
-    import fxmask.storage.plans
+    import fxmask.storage.folders
 
     folder = tmp_path / "plan"
     accelerated.save(folder)
@@ -81,8 +80,8 @@ def test_a_failed_save_leaves_the_old_plan(accelerated, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(fxmask.storage.plans, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(fxmask.storage.folders, "write_new", full)
+    with pytest.raises(MaskError, match="no space.*check that there is room"):
         accelerated.save(folder)
     assert (folder / PLAN).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
