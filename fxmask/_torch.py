@@ -33,7 +33,8 @@ from torch.export import _trace as export_trace
 from torch.fx._symbolic_trace import _Patcher
 
 # The tracer behind torch.export: records the operators of a call on real tensors.
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import make_fx as _make_fx
 
 # Nested arguments as flat leaves, as torch.export itself flattens them.
 from torch.utils import _device as device_mode
@@ -204,6 +205,18 @@ def tracing() -> Iterator[None]:
         mock.patch.object(export_trace, "_ignore_backend_decomps", contextlib.nullcontext),
     ):
         yield
+
+
+def make_fx(function: Callable[..., Any], **options: Any) -> Callable[..., fx.GraphModule]:
+    """PyTorch's tracer of that name, in one thread at a time."""
+    traced = _make_fx(function, **options)
+
+    def trace(*arguments: Any) -> fx.GraphModule:
+        with tracing():
+            module: fx.GraphModule = traced(*arguments)
+            return module
+
+    return trace
 
 
 def recording_graph() -> fx.Graph:
