@@ -84,9 +84,9 @@ def exchange(folder: str | Path) -> Iterator[Exchange]:
             with locked(place / LOCK):
                 require_ours(place, folder)
                 _sweep(place)  # of a save that was killed
-                for name in owned_files(place / PLAN):
-                    _note(place, name)
                 try:
+                    for name in owned_files(place / PLAN):
+                        _note(place, name)
                     yield Exchange(place)
                 finally:
                     _sweep(place)
