@@ -26,8 +26,11 @@ PLACES = {  # folder -> (x, layer), the lowest layer at the bottom
     "api": (3.0, 5),
     "tools": (1.2, 6),
     "guards": (2.9, -1),
+    "files": (1.1, -1),
 }
-COLOURS = {name: f"C{k + (k > 2)}" if k < 9 else ("#34506f", "#7a5c00")[k - 9] for k, name in enumerate(PLACES)}  # C3 is red
+COLOURS = {
+    name: f"C{k + (k > 2)}" if k < 9 else ("#34506f", "#7a5c00", "#5c7a00")[k - 9] for k, name in enumerate(PLACES)
+}  # C3 is red
 
 
 def imports() -> Counter[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -61,6 +62,8 @@ class Forecast:
                     f"forecast of block {block!r} at step {step}: sources {sources} are empty or repeated; "
                     "give each source step once"
                 )
+            if not all(math.isfinite(c) for _, c in clean[int(step), str(block)]):
+                raise MaskError(f"forecast of block {block!r} at step {step}: a coefficient is no finite number")
         object.__setattr__(self, "terms", MappingProxyType(clean))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ Nothing here knows how a mask was chosen or how a plan will be compiled.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class Mask:
             )
         if not timesteps:
             raise MaskError("a mask needs at least one step")
-        repeated = sorted({name for name in blocks if blocks.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(blocks).items() if count > 1)
         if repeated:
             raise MaskError(f"block names are repeated: {repeated}; list each block once")
         self._check_sources()

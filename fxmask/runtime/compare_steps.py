@@ -42,8 +42,8 @@ def compare_steps(executor: Executor, agrees: Agrees) -> None:
         _expect(step, got, wanted, agrees)
     for step in range(executor.plan.start, len(rows)):
         tensors = _at_step(executor, step)
-        pair = (dict(x.prologues.complete(r[step], tensors)) for x, r in ((executor, rows), (eager, eager_rows or rows)))
-        _expect(step, *pair, agrees)
+        wanted = eager.prologues.complete(eager_rows[step] if eager_rows else {}, tensors)
+        _expect(step, executor.prologues.complete(rows[step], tensors), wanted, agrees)
 
 
 def _expect(step: int, got: Values, wanted: Values, agrees: Agrees) -> None:

@@ -84,9 +84,9 @@ def exchange(folder: str | Path) -> Iterator[Exchange]:
             with locked(place / LOCK):
                 require_ours(place, folder)
                 _sweep(place)  # of a save that was killed
-                for name in owned_files(place / PLAN):
-                    _note(place, name)
                 try:
+                    for name in owned_files(place / PLAN):
+                        _note(place, name)
                     yield Exchange(place)
                 finally:
                     _sweep(place)
@@ -141,9 +141,11 @@ def read_again(folder: Path, read: Callable[[], Any]) -> Any:
     return read()
 
 
-def _look(folder: Path) -> bytes | None:
-    with contextlib.suppress(OSError, ValueError):
-        return read_bounded(folder / PLAN, JSON_BYTES)
+def _look(folder: Path) -> tuple[int, ...] | None:
+    """Changes when plan.json is replaced, also by one that says the same."""
+    with contextlib.suppress(OSError):
+        found = (folder / PLAN).stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return None
 
 

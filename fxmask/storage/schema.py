@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-FORMAT = "fxmask plan"
-VERSION = 2
+FORMAT: Final = "fxmask plan"
+VERSION: Final = 2
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
 PACKAGE = "package.json"
