@@ -430,7 +430,7 @@ def _other_timesteps(saved: Sequence[float], now: Sequence[float]) -> str:
 
 
 def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, Any], program: Program) -> None:
-    if program.fingerprint == mask.fingerprint:
+    if mask.fingerprint is not None and program.fits(mask.fingerprint):
         return
     names = {b.name for b in program.blocks}
     missing = [name for name in mask.blocks if name not in names]

@@ -12,7 +12,7 @@ step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -61,6 +61,8 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     _check_sources_are_listed(program, mask)
     if not 0 <= start < mask.num_steps:
         raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
+    if mask.fingerprint is not None:
+        mask = replace(mask, fingerprint=program.fingerprint)  # of an older version it may have been
     source = mask
     if start:
         mask = mask.starting_at(start)
@@ -111,7 +113,7 @@ def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
     missing = [name for name in mask.blocks if name not in known]
     if missing:
         raise MaskError(f"the mask names blocks that the program does not have: {missing[:5]}; its blocks are {list(known)}")
-    if mask.fingerprint is not None and mask.fingerprint != program.fingerprint:
+    if mask.fingerprint is not None and not program.fits(mask.fingerprint):
         raise MaskError(
             f"the mask was made for a program with fingerprint {mask.fingerprint}, this one has {program.fingerprint}; "
             "capture the same model, or pass fingerprint=None if the block names are all that matters"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from fxmask.frontend.value_reads import ASSUMPTIONS
-from fxmask.ir.block import Block
 from fxmask.ir.calls import BoundCall, Signature
-from fxmask.ir.graph import attribute, operator_of
+from fxmask.ir.fingerprint import fingerprint_of
+from fxmask.ir.graph import attribute
 from fxmask.ir.macs import count_attention_macs, count_macs
 from fxmask.ir.outputs import OutputSpec
 from fxmask.ir.program import Program
@@ -63,14 +62,3 @@ def role_of(name: str, signature: Signature, roles: Mapping[str, str]) -> str:
     if signature.is_sample(name):
         return "sample"
     return "timestep" if name == signature.timestep else "conditioning"
-
-
-def fingerprint_of(module: fx.GraphModule, blocks: Sequence[Block]) -> str:
-    """Digest of operators and blocks. Independent of shapes, so that other batch sizes of a model have the same one."""
-    digest = hashlib.sha256()
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            digest.update(str(operator_of(node)).encode())
-    for block in blocks:
-        digest.update(f"{block.kind} {block.name} {len(block.values)}".encode())
-    return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ from fxmask.guards.state import Snapshot
 from fxmask.ir.assumptions import Assumptions
 from fxmask.ir.block import Block
 from fxmask.ir.calls import BoundCall, Signature
+from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.forecast import INPUT
 from fxmask.ir.liveness import live_nodes
 from fxmask.ir.macs import count_macs
@@ -42,7 +43,7 @@ class Program:
         model: the denoiser.
         rung: the way of capture that worked.
         verified: whether the graph was compared with the model on real inputs.
-        fingerprint: digest of the graph's structure and the block names.
+        fingerprint: digest of what the graph computes with weights of what shapes, and of the blocks; see ``fingerprint``.
         weights: the parameters and buffers that the graph holds, by graph attribute, as they were at capture.
         state: the model's Python state at capture: what the graph froze of it.
         ambient: the modes around the capture: autocast, default dtype and so on.
@@ -106,6 +107,14 @@ class Program:
     def node(self, name: str) -> fx.Node:
         """The graph node of that name; ``KeyError`` if there is none."""
         return self._nodes_by_name[name]
+
+    def fits(self, fingerprint: str) -> bool:
+        """Whether a mask or plan of that fingerprint is one of this program; it may be of an older version."""
+        return fingerprint in (self.fingerprint, self._old_fingerprint)
+
+    @functools.cached_property
+    def _old_fingerprint(self) -> str:
+        return fingerprint_1(self.graph_module, self.blocks)
 
     def require_verified(self) -> None:
         """Refuse a program that was never compared with its model.

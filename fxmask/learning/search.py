@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from fxmask.errors import InputError, OutcomeError
+from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits, trimmed
@@ -351,5 +352,12 @@ def _shares(
 def _identity_1(student: Student, seed: int, limits: Limits, effort: Effort, samples: int, cost: str) -> str:
     """What a checkpoint of the first version belongs to."""
     first = student.trajectories[0]
-    parts = (student.program.fingerprint, first.timesteps, float(first.final.double().sum()), seed, limits)
+    program = student.program
+    parts = (
+        fingerprint_1(program.graph_module, program.blocks),
+        first.timesteps,
+        float(first.final.double().sum()),
+        seed,
+        limits,
+    )
     return repr((*parts, effort, samples)) + ("" if cost == "macs" else cost)

@@ -39,19 +39,22 @@ class Exchange:
         self.files: dict[str, FileEntry] = {}
 
     def add(self, name: str, content: bytes) -> None:
-        """Write a file; the digest is part of its name where the name is taken.
+        """Write a file, or keep the one of that content; the digest is part of its name where the name is taken.
 
         Raises:
             OSError: it cannot be written.
         """
         digest = digest_of(content)
         stem, dot, suffix = name.rpartition(".")
-        path = f"{stem}-{digest[:16]}{dot}{suffix}" if (self._folder / name).exists() else name
+        paths = (name, f"{stem}-{digest[:16]}{dot}{suffix}")
+        kept = next((path for path in paths if _holds(self._folder / path, content)), None)
+        path = kept or (paths[1] if os.path.lexists(self._folder / name) else name)
         self.files[name] = FileEntry(path, len(content), digest)
-        place = self._folder / path
-        if place.is_file() and digest_of(place.read_bytes()) == digest:
-            return
-        _note(self._folder, path)
+        if kept is None:
+            _note(self._folder, path)
+            self._write(self._folder / path, content)
+
+    def _write(self, place: Path, content: bytes) -> None:
         place.parent.mkdir(exist_ok=True)
         place.unlink(missing_ok=True)
         write_new(place, content)
@@ -163,6 +166,12 @@ def _foreign(place: Path) -> set[str]:
     """What lies in a folder besides what we noted down."""
     noted = {Path(name).parts[0] for name in _noted(place)}
     return {path.name for path in place.iterdir()} - MARKS - SYSTEM - noted
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file of ours has that content already."""
+    own = path.is_file() and not path.is_symlink()
+    return own and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _note(place: Path, name: str) -> None:

@@ -23,12 +23,13 @@ from fxmask.errors import InputError, MaskError
 from fxmask.files.bounded import JSON_BYTES, check_json
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.files.sealed import parse
-from fxmask.frontend.assemble import fingerprint_of, role_of
+from fxmask.frontend.assemble import role_of
 from fxmask.frontend.modules import module_device
 from fxmask.frontend.subject import Subject
 from fxmask.frontend.verify import ROUNDING, run_model
 from fxmask.ir.block import Block
 from fxmask.ir.calls import Signature
+from fxmask.ir.fingerprint import fingerprint_1, fingerprint_of
 from fxmask.ir.mask import Mask
 from fxmask.ir.outputs import OutputSpec
 from fxmask.ir.program import Program
@@ -232,7 +233,8 @@ def _program(
     """The captured program; how its outputs are put together is not known yet."""
     module = graph_from_data(data.graph, attributes, device)
     blocks = tuple(map(_block, data.blocks))
-    if fingerprint_of(module, blocks) != mask.fingerprint:
+    fingerprint = fingerprint_of(module, blocks)
+    if mask.fingerprint not in (fingerprint, fingerprint_1(module, blocks)):
         raise ValueError(f"its graph does not have the plan's fingerprint {mask.fingerprint}")
     _check_blocks(module, blocks)
     signature = _signature(data.signature, model)
@@ -259,7 +261,7 @@ def _program(
         model=model,
         rung=data.rung,
         verified=True,  # it was when it was captured; ``LoadedPackage.compare`` does it again
-        fingerprint=str(mask.fingerprint),
+        fingerprint=fingerprint,
         weights=attributes,
     )
 

@@ -26,6 +26,7 @@ from fxmask.storage.tensors import tensors_from_bytes, tensors_to_bytes
 
 MOST_STEPS = MOST_BLOCKS = 10_000
 MOST_ENTRIES = 4_000_000  # steps times blocks
+LARGEST = 2.0**53  # of timesteps
 
 Saved = tuple[Mask, dict[str, Any], dict[str, Any]]  # mask, facts, example call
 
@@ -142,6 +143,8 @@ def _mask_of(state: PlanFile, tensors: Mapping[str, torch.Tensor]) -> Mask:
         raise ValueError(f"{steps} steps and {blocks} blocks are more than a plan may have")
     if len(state.blocks) != blocks or len(timesteps) != steps:
         raise ValueError(f"{len(timesteps)} timesteps and {len(state.blocks)} blocks, but {steps} and {blocks} in its mask")
+    if bool((timesteps.abs() > LARGEST).any()):
+        raise ValueError("a timestep is beyond whole numbers")
     forecast = _forecast_of(state, coefficients.tolist())
     return Mask(compute, tuple(timesteps.tolist()), tuple(state.blocks), forecast, state.program)
 

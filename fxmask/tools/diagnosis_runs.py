@@ -110,7 +110,7 @@ def check_mask(program: Program, mask: Mask) -> None:
     unknown = [name for name in mask.blocks if name not in known]
     if unknown:
         raise MaskError(f"the mask names blocks that the program does not have: {unknown[:5]}")
-    if mask.fingerprint not in (None, program.fingerprint):
+    if mask.fingerprint is not None and not program.fits(mask.fingerprint):
         raise MaskError(f"the mask was made for a program with fingerprint {mask.fingerprint}, this has {program.fingerprint}")
     cut = [value for name in (INPUT, *mask.blocks) for value in known[name].values]
     if len(set(cut)) < len(cut):

@@ -62,6 +62,15 @@ def test_what_lies_beside_a_plan_stays(tmp_path):
         assert len(names(tmp_path)) == len(mine) + 2
 
 
+def test_what_did_not_change_keeps_its_name(tmp_path):
+    for number in (1, 2, 2, 2, 1):
+        save(tmp_path, number)
+        assert number_in(tmp_path) == number
+        found = names(tmp_path)
+        save(tmp_path, number)
+        assert names(tmp_path) == found
+
+
 FOREIGN = {
     "terraform": json.dumps({"format_version": "1.2", "terraform_version": "1.5", "planned_values": {}}),
     "a number": "1",

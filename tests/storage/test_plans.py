@@ -91,6 +91,8 @@ def test_another_model_is_refused_with_what_differs(accelerated, tmp_path):
     accelerated.save(tmp_path / "plan")
     with pytest.raises(MaskError, match="another model.*fingerprint"):
         fxmask.load(tmp_path / "plan", tiny_dit(num_layers=1), progress=False)
+    with pytest.raises(MaskError, match="it has blocks of these names, but other operators"):
+        fxmask.load(tmp_path / "plan", tiny_dit(attention_head_dim=12), progress=False)
     with pytest.raises(fxmask.FxmaskError):
         fxmask.load(tmp_path / "plan", tiny_unet(), progress=False)
 
