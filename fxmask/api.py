@@ -15,7 +15,8 @@ from fxmask.errors import InputError, MaskError
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.frontend.capture import capture
 from fxmask.frontend.examples import ExampleInputs
-from fxmask.frontend.modules import module_device, require_denoiser
+from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
+from fxmask.ir.calls import Signature
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
@@ -342,13 +343,9 @@ def load(
     mask, facts, example = load_plan(place)
     facts = facts_of(place, mask, facts)
     _refuse_other_scheduler(folder, facts, mask, scheduler)
-    device = module_device(model)
+    roles = {name.split(".")[0]: role for name, role in facts["roles"].items()}
     with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {folder}", FOREIGN):
-        program = capture(
-            model,
-            pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example),
-            roles={name.split(".")[0]: role for name, role in facts["roles"].items()},
-        )
+        program = _capture_saved(model, example, roles)
     _refuse_other_program(folder, mask, facts, program)
     with foreign_errors_as(MaskError, f"the plan in {folder} does not fit this {type(model).__name__}", FOREIGN):
         plan = rectify(program, mask, start=facts["start"])
@@ -356,6 +353,20 @@ def load(
         program, plan, backend or facts["backend"], mode if backend or mode else facts.get("mode"), facts=_about_sampler(facts)
     )
     return accelerated if (backend or facts["backend"]) == "eager" else accelerated.compile_all(progress=progress)
+
+
+def _capture_saved(model: torch.nn.Module, example: Mapping[str, Any], roles: Mapping[str, str]) -> Program:
+    """Capture for a saved call, where the model is now, and in its type if it does not take the one that was saved."""
+    device, dtype = module_device(model), module_dtype(model)
+    placed = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), dict(example))
+    sample = next((x for x in pytree.tree_leaves(placed.get(Signature.of(model).sample)) if isinstance(x, torch.Tensor)), None)
+    if sample is None or not sample.is_floating_point() or sample.dtype == dtype:
+        return capture(model, placed, roles)
+    try:
+        return capture(model, placed, roles)
+    except Exception:
+        was = sample.dtype
+        return capture(model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.dtype == was else x, placed), roles)
 
 
 def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:

@@ -186,3 +186,20 @@ def test_damage_is_noticed(accelerated, tmp_path):
     (folder / PLAN).write_text("{")
     with pytest.raises(MaskError, match="damaged"):
         fxmask.load(folder, accelerated.original)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_plan_fits_the_model_in_another_type(accelerated, tmp_path, dtype):
+    """Learned in float32, deployed in a type that is faster."""
+    accelerated.save(tmp_path / "plan")
+    model = tiny_dit().to(dtype)
+    loaded = fxmask.load(tmp_path / "plan", model, progress=False)
+    assert loaded.mask == accelerated.mask
+    assert loaded.plan.mac_ratio == accelerated.plan.mac_ratio
+    assert loaded.program.example.sample.dtype == dtype
+    run = fxmask.record(model, ddim(), num_inference_steps=6, batch_size=2, example_inputs=labels, seed=5)
+    assert run.rollout(loaded).dtype == run.final.dtype
+    full = fxmask.compile(
+        loaded.program, fxmask.rectify(loaded.program, fxmask.Mask.ones(loaded.program, run.timesteps)), "eager"
+    )
+    torch.testing.assert_close(run.rollout(full), run.final)
