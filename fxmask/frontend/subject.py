@@ -69,6 +69,7 @@ class Subject:
 
 def _look(model: torch.nn.Module) -> tuple[Snapshot, torch.nn.Module]:
     """The state of a model, and a shadow that has just that, also while other threads run the model."""
+    changes: list[str] = []
     for _ in range(ATTEMPTS):
         try:
             snapshot = Snapshot.of(model)
@@ -79,7 +80,9 @@ def _look(model: torch.nn.Module) -> tuple[Snapshot, torch.nn.Module]:
             continue
         if snapshot.held.same():
             return snapshot, shadow
-    changes = [str(change) for change in snapshot.changes(Snapshot.of(model))]
+        changes = [str(change) for change in snapshot.changes(Snapshot.of(model))]
+        if not changes:  # objects that are made anew at each look
+            return snapshot, shadow
     raise CaptureError(
         f"the state of {type(model).__name__} changes while it is captured ({', '.join(changes[:3])}): another thread runs it "
         "or sets something on it. Capture it before it is run, or have what changes passed as an argument"

@@ -80,7 +80,7 @@ def test_a_failed_save_leaves_the_old_plan(accelerated, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(fxmask.storage.folders, "write_new", full)
+    monkeypatch.setattr(fxmask.storage.folders, "replace_file", full)
     with pytest.raises(MaskError, match="no space.*check that there is room"):
         accelerated.save(folder)
     assert (folder / PLAN).read_bytes() == before
