@@ -19,8 +19,9 @@ import torch
 from fxmask._torch import GLOBAL_HOOKS, hooks_so_far
 from fxmask.guards.code import is_foreign
 
-PER_STEP = 150  # values that are looked at in each step of a run: some 12 microseconds
-CONTAINERS_PER_STEP = 40  # of PyTorch's, with submodules and weights, those near the model itself first: some 4 microseconds
+SMALL = 200  # values of a model that is looked at in full in each step of a run: some 20 microseconds
+PER_STEP = 100  # values of others that are looked at then: some 8 microseconds
+CONTAINERS_PER_STEP = 24  # of PyTorch's, with submodules and weights, those near the model itself first: some 2 microseconds
 ARRAYS_PER_STEP = 4
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -181,7 +182,7 @@ class Held:
         modules and weights, those near the model itself."""
         self._hooks = hooks_so_far()
         self._numbers_of_hooks = self._hooks_now()
-        self._small = self._cost() <= PER_STEP
+        self._small = self._cost() <= SMALL
         left = PER_STEP
         self._step_sized: list[Any] = []
         for container in sorted(self._data, key=len):
