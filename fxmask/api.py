@@ -361,12 +361,14 @@ def _capture_saved(model: torch.nn.Module, example: Mapping[str, Any], roles: Ma
     placed = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), dict(example))
     sample = next((x for x in pytree.tree_leaves(placed.get(Signature.of(model).sample)) if isinstance(x, torch.Tensor)), None)
     if sample is None or not sample.is_floating_point() or sample.dtype == dtype:
-        return capture(model, placed, roles)
+        return capture(model, placed, roles=roles)
     try:
-        return capture(model, placed, roles)
+        return capture(model, placed, roles=roles)
     except Exception:
         was = sample.dtype
-        return capture(model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.dtype == was else x, placed), roles)
+        return capture(
+            model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.dtype == was else x, placed), roles=roles
+        )
 
 
 def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
