@@ -187,24 +187,25 @@ def tracing() -> Iterator[None]:
     for the whole process, so that operators that only these have stay out of its graphs; other threads would round
     differently meanwhile (and convolve slowly), so here it does not.
     """
-    patch = _Patcher.patch_method
-    owner = threading.get_ident()
-
-    def patch_here(self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        before = getattr(cls, name)
-
-        @functools.wraps(new)
-        def here(*given: Any, **named: Any) -> Any:
-            return (new if threading.get_ident() == owner else before)(*given, **named)
-
-        patch(self, cls, name, here, *args, **kwargs)
-
-    with (
-        _TRACING,
-        mock.patch.object(_Patcher, "patch_method", patch_here),
-        mock.patch.object(export_trace, "_ignore_backend_decomps", contextlib.nullcontext),
-    ):
+    with _TRACING, contextlib.ExitStack() as stack:
+        if _Patcher.patch_method is not _patch_here:  # else this thread is inside of another trace
+            stack.enter_context(mock.patch.object(_Patcher, "patch_method", _patch_here))
+            stack.enter_context(mock.patch.object(export_trace, "_ignore_backend_decomps", contextlib.nullcontext))
         yield
+
+
+_patch_everywhere = _Patcher.patch_method
+
+
+def _patch_here(self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """As a tracer's ``patch_method``, for the thread that it runs in."""
+    before, owner = getattr(cls, name), threading.get_ident()
+
+    @functools.wraps(new)
+    def here(*given: Any, **named: Any) -> Any:
+        return (new if threading.get_ident() == owner else before)(*given, **named)
+
+    _patch_everywhere(self, cls, name, here, *args, **kwargs)
 
 
 def make_fx(function: Callable[..., Any], **options: Any) -> Callable[..., fx.GraphModule]:

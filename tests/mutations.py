@@ -341,7 +341,7 @@ MUTATIONS = [
     Mutation(
         "capture: backends are switched off for all threads",
         "fxmask/_torch.py",
-        '        mock.patch.object(export_trace, "_ignore_backend_decomps", contextlib.nullcontext),\n',
+        '            stack.enter_context(mock.patch.object(export_trace, "_ignore_backend_decomps", contextlib.nullcontext))\n',
         "",
         ("frontend/test_shadow.py",),
     ),

@@ -246,3 +246,23 @@ def test_other_threads_call_modules_while_one_traces():
     thread.join()
     assert found == [True]
     assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_function", "output"], "the tracer was at work"
+
+
+def test_another_thread_traces_by_itself_meanwhile():
+    """What its tracer patches is reached by that thread, not by the one that holds the turn."""
+    found: list[Any] = []
+    held, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        held.wait(5)
+        traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
+        found.append([node.op for node in traced.graph.nodes])
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with tracing(), tracing():
+        held.set()
+        done.wait(10)
+    thread.join()
+    assert found == [["placeholder", "call_module", "call_module", "output"]]
