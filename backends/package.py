@@ -37,6 +37,11 @@ PACKAGE_NODES = 200
 
 Strides = tuple[tuple[int, ...], ...]
 
+
+class NotExportedError(BackendError):
+    """A part was not exported, because it had no such form then."""
+
+
 compilations = 0  # by this process; tests count them
 
 
@@ -62,6 +67,10 @@ class Packages:
         known: packages by name, which are loaded and not compiled again.
         device: that they run on.
         closed: compile nothing; a part that is not known runs operator by operator, with a warning.
+
+    Attributes:
+        closed: whether nothing is compiled.
+        missing: names of parts that are not known, if no others may be compiled.
     """
 
     def __init__(
@@ -69,13 +78,13 @@ class Packages:
     ) -> None:
         self._known = dict(known or {})
         self._device = device
-        self._closed = closed
+        self.closed = closed
         self._vocabulary = Vocabulary(PACKAGE_NODES)
         self._prepared = False
         self._parts: dict[str, _Part] = {}
         self._folder: Path | None = None  # for what is compiled; goes with this object
         self._warned = False
-        self.missing: list[str] = []  # names of parts that are not known, if no others may be compiled
+        self.missing: list[str] = []
 
     @property
     def packages(self) -> dict[str, Package]:
@@ -93,7 +102,7 @@ class Packages:
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable whose parts are loaded now, or compiled at their first call."""
-        if not self._closed and not can_compile(graph_module):
+        if not self.closed and not can_compile(graph_module):
             return graph_module
         regions = self._vocabulary.split(graph_module)
         return chain_regions(graph_module, regions, [self._part(r.key, functools.partial(_graph_of, r)) for r in regions])
@@ -102,13 +111,13 @@ class Packages:
         """A callable that computes ``trace()``, which is ``row`` for all steps at once. It is traced only to be compiled.
 
         Raises:
-            BackendError: it is not known, and nothing may be compiled.
+            NotExportedError: it is not known, and nothing may be compiled.
         """
-        if not self._closed and not can_compile(row):
+        if not self.closed and not can_compile(row):
             return trace()
         key = f"{num_steps} steps at once\n{structure(row)}"
-        if self._closed and _name(key) not in self._known:
-            raise BackendError("the timestep's values were not exported for all steps at once")
+        if self.closed and _name(key) not in self._known:
+            raise NotExportedError("the timestep's values were not exported for all steps at once")
         return self._part(key, trace)
 
     def _part(self, key: str, trace: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
@@ -116,7 +125,7 @@ class Packages:
         if name not in self._parts and name in self._known:
             self._parts[name] = _Part(self._known[name].path, trace)
             self._parts[name].load(self._known[name], self._device)
-        elif name not in self._parts and self._closed:
+        elif name not in self._parts and self.closed:
             self.missing.append(name)
             return functools.partial(self._run_eagerly, trace())
         elif name not in self._parts:

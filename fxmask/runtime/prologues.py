@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxmask._torch import versions_of
+from fxmask.backends.package import NotExportedError
 from fxmask.backends.protocol import PrologueCompiler
 from fxmask.ir.graph import attribute
 from fxmask.ir.program import Program
@@ -58,7 +59,9 @@ class PrologueRunner:
             return [once] * len(self._timesteps) if once else []
         try:
             columns = self._columns(prologues.table, tensors, once)
-        except Exception:  # an operator that has no batched form
+        except Exception as error:  # an operator that has no batched form
+            if getattr(self._compiler, "closed", False) and not isinstance(error, NotExportedError):
+                raise  # a table that was exported, and is broken
             logger.warning("the timestep's values are computed at each step", exc_info=True)
             self._wanted = False
             return self.begin(tensors)

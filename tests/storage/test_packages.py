@@ -196,6 +196,25 @@ def test_a_loaded_package_does_what_the_exported_model_does(program, accelerated
     assert torch.allclose(loaded(**stranger), model(**stranger), atol=1e-6), "a call that the plan does not cover"
 
 
+@pytest.mark.parametrize("broken", range(4))
+@pytest.mark.parametrize("when", ["loaded", "run"])
+def test_no_broken_part_is_passed_over(folder, monkeypatch, broken, when):
+    """The table of timesteps neither, without which steps could go on."""
+    load = package.load_package
+
+    def fail(*_: Any) -> Any:
+        raise BackendError("it cannot be loaded") if when == "loaded" else RuntimeError("it cannot run")
+
+    def load_all_but_one(path: Path, device: torch.device | None) -> Any:
+        if path.read_text() != str(broken):
+            return load(path, device)
+        return fail() if when == "loaded" else fail
+
+    monkeypatch.setattr(package, "load_package", load_all_but_one)
+    with pytest.raises((MaskError, BackendError), match="it cannot"):
+        fxmask.load(folder, model_of(Conditioned), allow_compiled=True, progress=False)
+
+
 def test_the_weights_are_the_models_own(folder):
     model, calls = model_of(Conditioned), conditioned_calls()
     loaded = fxmask.load(folder, model, progress=False, allow_compiled=True)
