@@ -389,7 +389,6 @@ def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress
             )
         tensors = list(package.program.example.tensors.values())
         with torch.no_grad():
-            executor.begin(tensors)
             package.compare(executor.run_full(tensors))
             compare_steps(executor, agrees)
     return accelerated

@@ -19,6 +19,7 @@ import torch
 
 from fxmask._torch import COMPILED_CALL, HELD, forget_compiled_call, uncompiled
 from fxmask.guards.code import is_foreign
+from fxmask.guards.state import slots_of
 
 SHARED = (
     *(type(None), bool, int, float, complex, str, bytes, type, torch.Tensor, torch.dtype, torch.device, torch.Size),
@@ -155,7 +156,7 @@ class _Shadow:
         except TypeError:  # of a class that is written in C
             return self._keep(value, value)
         self._keep(value, made)
-        for name in dict.fromkeys(name for base in cls.__mro__ for name in _slots(base)):
+        for name in dict.fromkeys(name for base in cls.__mro__ for name in slots_of(base)):
             if hasattr(value, name):
                 object.__setattr__(made, name, self.of(getattr(value, name)))
         state = getattr(value, "__dict__", None)
@@ -190,9 +191,3 @@ def _contents(cell: types.CellType) -> tuple[Any] | None:
         return (cell.cell_contents,)
     except ValueError:  # not filled yet
         return None
-
-
-def _slots(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    slots = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(n for n in slots if n not in ("__dict__", "__weakref__"))

@@ -255,7 +255,7 @@ class Snapshot:
             return  # of Python's own: loggers, locks, paths
         if isinstance(getattr(value, "__dict__", None), dict):
             self._attributes(value, list(vars(value)), f"{path}.")
-        slots = [n for base in cls.__mro__ for n in _slots(base) if hasattr(value, n)]
+        slots = [n for base in cls.__mro__ for n in slots_of(base) if hasattr(value, n)]
         if slots:
             self.held.slots(value, tuple(slots))
             for name in slots:
@@ -364,7 +364,8 @@ def _change(path: str, before: Any, now: Any) -> Change:
     return Change(path, _text(before), _text(now), both and before[1] != now[1])
 
 
-def _slots(cls: type) -> tuple[str, ...]:
+def slots_of(cls: type) -> tuple[str, ...]:
+    """Names of the attributes that a class itself keeps in slots."""
     slots = vars(cls).get("__slots__", ())
     slots = (slots,) if isinstance(slots, str) else tuple(slots)
     return tuple(n for n in slots if n not in ("__dict__", "__weakref__"))

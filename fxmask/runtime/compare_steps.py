@@ -12,7 +12,6 @@ import torch
 
 from fxmask.errors import MaskError
 from fxmask.ir.forecast import Cache, Slot
-from fxmask.ir.plan import Plan
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.prologues import PrecomputedRow
@@ -34,8 +33,8 @@ def compare_steps(executor: Executor, agrees: Agrees) -> None:
     eager = Executor(executor.plan, GraphStore(executor.program, "eager"))
     example = list(executor.program.example.tensors.values())
     rows, eager_rows = executor.begin(example), eager.begin(example)
-    for step in _distinct(executor.plan):
-        cache = {slot: _made_up(executor, slot, k) for k, slot in enumerate(_slots(executor.plan, step))}
+    for step in executor.first_steps:
+        cache = {slot: _made_up(executor, slot, k) for k, slot in enumerate(executor.slots(step))}
         tensors = _at_step(executor, step)
         got = _run(executor, step, tensors, cache, rows)
         wanted = _run(eager, step, tensors, cache, eager_rows)
@@ -59,18 +58,6 @@ def _at_step(executor: Executor, step: int) -> list[torch.Tensor]:
     name, timesteps = executor.program.signature.timestep, executor.plan.mask.timesteps
     tensors = executor.program.example.tensors
     return [torch.full_like(x, timesteps[step]) if key == name else x for key, x in tensors.items()]
-
-
-def _distinct(plan: Plan) -> list[int]:
-    """The first step of each graph."""
-    first = {step.graph: i for i, step in reversed(list(enumerate(plan.steps))) if step.graph >= 0}
-    return sorted(first.values())
-
-
-def _slots(plan: Plan, step: int) -> list[Slot]:
-    """What the step reads or drops."""
-    wanted = plan.steps[step]
-    return sorted({slot for load in wanted.formed for slot in load.slots} | set(wanted.drop))
 
 
 def _made_up(executor: Executor, slot: Slot, seed: int) -> torch.Tensor:

@@ -123,10 +123,18 @@ class Executor:
         """Compile every distinct graph now, by running it once on the captured call with blank caches."""
         tensors = list(self.program.example.tensors.values())
         rows = self.begin(tensors)
-        first = {step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}
-        for step in tqdm(sorted(first.values()), desc="compiling step graphs", unit="graph", disable=not progress):
-            slots = {slot for load in self.plan.steps[step].formed for slot in load.slots} | set(self.plan.steps[step].drop)
-            self.run_step(step, tensors, {slot: self.blank(slot) for slot in slots}, rows)
+        for step in tqdm(self.first_steps, desc="compiling step graphs", unit="graph", disable=not progress):
+            self.run_step(step, tensors, {slot: self.blank(slot) for slot in self.slots(step)}, rows)
+
+    @property
+    def first_steps(self) -> list[int]:
+        """The first step of each distinct graph."""
+        return sorted({step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}.values())
+
+    def slots(self, step: int) -> list[Slot]:
+        """What a step reads or drops."""
+        plan = self.plan.steps[step]
+        return sorted({slot for load in plan.formed for slot in load.slots} | set(plan.drop))
 
     def blank(self, slot: Slot) -> torch.Tensor:
         """A cached value like ``run_step`` would store, filled with zeros."""

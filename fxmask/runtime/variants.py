@@ -117,8 +117,8 @@ class Variants:
         self.history = History()
         self._model = program.model
         self._known = [Variant(program, plan.source, backend, mode, plan, compiler)]
-        self._refused: dict[Any, tuple[Snapshot, str]] = {}
-        self._doubted: dict[Any, str] = {}  # of the refused ones, those at which the model itself failed
+        # By form of call and modes: the state, and why it failed where the model itself did and nothing was said of it.
+        self._refused: dict[Any, tuple[Snapshot, str | None]] = {}
         self._values: Counter[str] = Counter()
         self._lock = threading.RLock()
 
@@ -208,27 +208,30 @@ class Variants:
                 name = type(self._model).__name__
                 reason = f"{name} failed while it was captured for such a call: {explain(error, self._model)}"
                 self._refuse(bound, ambient, now, reason)
-                self._doubted[bound.key] = reason
                 return None
-        self._refuse(bound, ambient, now, reason)
-        self.warn(reason, f"{reason}. The original model runs, unaccelerated")
+        self._refuse(bound, ambient, now, None)
+        self._warn_of(reason)
         return None
 
-    def _refuse(self, bound: BoundCall, ambient: Ambient, now: Snapshot, reason: str) -> None:
+    def _refuse(self, bound: BoundCall, ambient: Ambient, now: Snapshot, unsaid: str | None) -> None:
         """Remember a form of call that cannot be captured as the model is now."""
         self._refused.pop((bound.key, ambient), None)
-        self._refused[bound.key, ambient] = (now, reason)
+        self._refused[bound.key, ambient] = (now, unsaid)
         while len(self._refused) > MOST_REFUSED:
-            key, _ = next(iter(self._refused))
             del self._refused[next(iter(self._refused))]
-            self._doubted.pop(key, None)
 
     def answered(self, bound: BoundCall) -> None:
         """The original answered a call; where it had failed while it was captured for such a one, that is worth a word."""
+        key = (bound.key, self.ambient(bound))
         with self._lock:
-            reason = self._doubted.pop(bound.key, None) if self._doubted else None
-        if reason is not None:
-            self.warn(reason, f"{reason}. The original model runs, unaccelerated")
+            now, unsaid = self._refused.get(key, (None, None))
+            if now is not None and unsaid is not None:
+                self._refused[key] = (now, None)
+        if unsaid is not None:
+            self._warn_of(unsaid)
+
+    def _warn_of(self, reason: str) -> None:
+        self.warn(reason, f"{reason}. The original model runs, unaccelerated")
 
     def _capture(self, bound: BoundCall, ambient: Ambient, changes: list[Change], known_form: bool) -> Variant:
         news = self._what_is_new(bound, ambient, changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,20 +72,10 @@ def _first_module(model: torch.nn.Module, call: Call) -> tuple[str | None, torch
         if not found and not is_finite(output):
             found.append((path, next(x.dtype for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor))))
 
-    with _hooked(shadow_of(model), look) as shadow, contextlib.suppress(Exception):  # a second run may fail; then no name
+    shadow = shadow_of(model)  # so that nobody has to take the hooks away
+    for path, module in shadow.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_hook(functools.partial(look, path))
+    with contextlib.suppress(Exception):  # a second run may fail; then no name
         shadow(**call)
     return found[0] if found else (None, None)
-
-
-@contextlib.contextmanager
-def _hooked(model: torch.nn.Module, look: Any) -> Iterator[torch.nn.Module]:
-    handles = [
-        module.register_forward_hook(functools.partial(look, path))
-        for path, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()

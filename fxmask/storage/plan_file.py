@@ -58,19 +58,11 @@ def file_of(folder: Path, state: PlanFile, name: str, limit: int) -> Path:
     Raises:
         MaskError: it is missing, larger than ``limit`` bytes, or another one.
     """
-    entry = state.files.get(name)
-    path = folder / (entry.path if entry else name)
-    with foreign_errors_as(MaskError, f"{path} is not the file that {PLAN} was written with", FOREIGN):
-        if entry is None:
-            raise ValueError(f"{PLAN} does not name it")
-        if entry.size > limit:
-            raise ValueError(f"it has {entry.size} bytes, more than the {limit} that such a file may have")
-        found = path.stat().st_size
-        if not path.is_file() or found != entry.size:
-            raise ValueError(f"it has {found} bytes, not {entry.size}")
-        if file_digest(path) != entry.digest:
+    path = _path_of(folder, state, name, limit)
+    with _same_file(path):
+        if file_digest(path) != state.files[name].digest:
             raise ValueError("its digest is another")
-        return path
+    return path
 
 
 def content_of(folder: Path, state: PlanFile, name: str, limit: int = TENSOR_BYTES) -> bytes:
@@ -79,12 +71,31 @@ def content_of(folder: Path, state: PlanFile, name: str, limit: int = TENSOR_BYT
     Raises:
         MaskError: it is not the one that was written.
     """
-    path = file_of(folder, state, name, limit)
-    with foreign_errors_as(MaskError, f"{path} cannot be read", FOREIGN):
+    path = _path_of(folder, state, name, limit)
+    with _same_file(path):
         raw = read_bounded(path, limit)
         if digest_of(raw) != state.files[name].digest:
-            raise ValueError("it changed while it was read")
+            raise ValueError("its digest is another")
         return raw
+
+
+def _path_of(folder: Path, state: PlanFile, name: str, limit: int) -> Path:
+    """Where a file of the plan lies, if it has the size that it was written with."""
+    entry = state.files.get(name)
+    path = folder / (entry.path if entry else name)
+    with _same_file(path):
+        if entry is None:
+            raise ValueError(f"{PLAN} does not name it")
+        if entry.size > limit:
+            raise ValueError(f"it has {entry.size} bytes, more than the {limit} that such a file may have")
+        found = path.stat().st_size
+        if not path.is_file() or found != entry.size:
+            raise ValueError(f"it has {found} bytes, not {entry.size}")
+        return path
+
+
+def _same_file(path: Path) -> contextlib.AbstractContextManager[None]:
+    return foreign_errors_as(MaskError, f"{path} is not the file that {PLAN} was written with", FOREIGN)
 
 
 def owned_files(path: Path) -> set[str]:
