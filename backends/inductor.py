@@ -17,9 +17,10 @@ from torch import fx
 
 from fxmask._torch import STANDALONE_LOGGER, inductor_compile, quiet_loggers, tracing
 from fxmask.backends.generated_code import collected_code
+from fxmask.backends.layouts import Layouts
 from fxmask.backends.straight_line import chain_regions, restride
 from fxmask.backends.toolchain import cpu_compiler_problem
-from fxmask.ir.graph import is_view
+from fxmask.ir.graph import is_view, placeholders
 from fxmask.passes.lift_weights import lift_weights
 from fxmask.passes.merge_regions import COMPILATION_NODES, Vocabulary
 
@@ -48,6 +49,9 @@ class WholeGraphs:
     Without a C++ compiler a CPU graph runs eagerly, with a warning.
     """
 
+    def __init__(self) -> None:
+        self.layouts = Layouts()
+
     def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """Nothing depends on other graphs."""
 
@@ -55,14 +59,18 @@ class WholeGraphs:
         """A callable that compiles at its first call."""
         if not can_compile(graph_module):
             return graph_module
-        lifted, weights = lift_weights(graph_module)
-        return Compiled(lifted, weights)
+        laid_out = self.layouts.apply(graph_module)
+        lifted, weights = lift_weights(laid_out)
+        if laid_out is graph_module:
+            return Compiled(lifted, weights)
+        return following(self.layouts, Compiled(lifted, weights, strides_of(laid_out)))
 
 
 class Regions:
     """Step graphs in parts; equal parts, of whatever step graph, are one compilation."""
 
     def __init__(self) -> None:
+        self.layouts = Layouts()
         self._vocabulary = Vocabulary()
         self._compiled: dict[str, Compiled] = {}
         self._prepared = False
@@ -73,16 +81,23 @@ class Regions:
             largest = max(
                 sum(node.op == "call_function" and not is_view(node) for node in g.graph.nodes) for g in graph_modules
             )
-            self._vocabulary.choose_merges(graph_modules, int(BUDGET * largest) + COMPILATION_NODES)
+            laid_out = [self.layouts.apply(g) for g in graph_modules]
+            self._vocabulary.choose_merges(laid_out, int(BUDGET * largest) + COMPILATION_NODES)
             self._prepared = True
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable whose parts compile at their first call."""
         if not can_compile(graph_module):
             return graph_module
-        regions = self._vocabulary.split(graph_module)
-        runs = [self._compiled.setdefault(r.key, Compiled(r.graph_module, ())) for r in regions]
-        return chain_regions(graph_module, regions, runs)
+        laid_out = self.layouts.apply(graph_module)
+        regions = self._vocabulary.split(laid_out)
+        declared = laid_out is not graph_module
+        runs = [
+            self._compiled.setdefault(r.key, Compiled(r.graph_module, (), strides_of(r.graph_module) if declared else None))
+            for r in regions
+        ]
+        run = chain_regions(laid_out, regions, runs)
+        return following(self.layouts, run) if declared else run
 
 
 class Compiled:
@@ -91,12 +106,19 @@ class Compiled:
     Args:
         graph_module: without weights of its own.
         weights: its first arguments.
+        strides: that its other arguments are compiled for; those of the first call if not given.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, weights: Sequence[torch.Tensor]) -> None:
-        self._graph_module = graph_module
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        weights: Sequence[torch.Tensor],
+        strides: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
+        self.graph_module = graph_module
         self._weights = tuple(weights)
         self._run: Callable[..., Any] | None = None
+        self._declared = strides
         self._strides: list[tuple[int, ...]] = []
         self.code: list[str] = []  # what Inductor generated, where ``generated_code`` was active
         self._lock = threading.Lock()
@@ -106,9 +128,10 @@ class Compiled:
         if self._run is None:
             with self._lock:
                 if self._run is None:
-                    self._strides = [x.stride() for x in arguments]
+                    self._strides = list(self._declared or [x.stride() for x in arguments])
+                    arguments = tuple(map(restride, arguments, self._strides))
                     with tracing(), collected_code(self.code):
-                        self._run = compile_graph(self._graph_module, [*self._weights, *arguments])
+                        self._run = compile_graph(self.graph_module, [*self._weights, *arguments])
         elif [x.stride() for x in arguments] != self._strides:
             arguments = tuple(map(restride, arguments, self._strides))
         return self._run(*self._weights, *arguments)
@@ -122,6 +145,24 @@ def compile_graph(graph_module: fx.GraphModule, arguments: Sequence[torch.Tensor
     # an artifact that cannot be saved to disk (caches switched off) is fine here, and is reported as an error
     with tracing(), torch.no_grad(), quiet_loggers(STANDALONE_LOGGER):
         return inductor_compile(graph_module, [x.detach() for x in arguments])
+
+
+def strides_of(graph_module: fx.GraphModule) -> list[tuple[int, ...]]:
+    """Of a graph's arguments, as noted down."""
+    return [tuple(map(int, node.meta["val"].stride())) for node in placeholders(graph_module.graph)]
+
+
+def following(layouts: Layouts, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` after weights that changed are laid out again. Who records it calls its ``before`` in front of each replay."""
+
+    def follow_and_run(*arguments: torch.Tensor) -> Any:
+        layouts.follow()
+        return run(*arguments)
+
+    made: Any = follow_and_run
+    made.parts = parts_of(run)
+    made.before = layouts.follow
+    return follow_and_run
 
 
 def parts_of(run: Any) -> tuple[Compiled, ...]:

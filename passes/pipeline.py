@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxmask.passes import (
+    choose_layouts,
     find_blocks,
     functionalize,
     insert_soft_mask,
@@ -39,7 +40,7 @@ class Phase:
 
 
 PIPELINE = (
-    Phase("capture", "once per form of call", ("functionalize", "(remove_dead)", "find_blocks")),
+    Phase("capture", "once per form of call", ("functionalize", "(remove_dead)", "find_blocks", "choose_layouts")),
     Phase("learn (paper)", "once", ("insert_soft_mask",)),
     Phase("learn", "once per set of formed blocks", ("(merge_common)", "(remove_dead)")),
     Phase("plan", "once per mask and start", ("rectify",)),
@@ -60,6 +61,7 @@ PIPELINE = (
 )
 
 _MODULES = (
+    choose_layouts,
     find_blocks,
     functionalize,
     insert_soft_mask,

@@ -19,6 +19,7 @@ from fxmask.ir.forecast import Load
 from fxmask.ir.graph import copy_nodes, placeholders, returned
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
+from fxmask.passes.choose_layouts import LAYOUT
 from fxmask.passes.conditions import functional, has_shapes, one_output_tuple
 from fxmask.passes.form_values import ValueFormer
 from fxmask.passes.merge_common import merge_common
@@ -75,7 +76,7 @@ def build_step_graph(
     sources = precomputed or {}
     given = {name: graph.placeholder(f"precomputed_{name}") for name in dict.fromkeys(sources.values())}
     for name, placeholder in given.items():
-        placeholder.meta = dict(program.node(name).meta)
+        placeholder.meta = {key: value for key, value in program.node(name).meta.items() if key != LAYOUT}
     former = ValueFormer(program, graph, load, blend, values)
 
     def instead(node: fx.Node) -> fx.Node | None:

@@ -124,13 +124,14 @@ def _capture_abstract(
     call = given if needed_names(signature) <= given.keys() else infer_call(model, given, batch_size, signature)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copy = fake_copy(model, mode)
+    device = module_device(copy)
     tried = []
     with mode:
         for batched in (True, False):
             form = replace(signature, batched_timestep=batched)
             try:
-                bound = form.bind((), fake_call(call, mode))
-                outputs = output_spec_of(Subject(copy, "cpu"), bound)
+                bound = form.bind((), fake_call(call, mode, device))
+                outputs = output_spec_of(Subject(copy, device.type), bound)
                 module = export_running(copy, bound)
                 refuse_data_dependent(module)
                 return assemble_program(module, model, form, bound, outputs, roles, UNVERIFIED)

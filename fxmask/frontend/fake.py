@@ -47,7 +47,7 @@ def fake_copy(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
 
 def _fake(x: torch.Tensor, mode: FakeTensorMode, device: torch.device | None = None) -> torch.Tensor:
     if device is None:
-        device = torch.device("cpu") if x.is_meta or isinstance(x, FakeTensor) else x.device
+        device = torch.device("cpu") if x.device.type == "meta" else x.device
     with mode:
         return torch.empty(tuple(x.shape), dtype=x.dtype, device=device)
 

@@ -106,5 +106,5 @@ def test_log_and_dump(tmp_path):
     lines = [line for line in done.stderr.splitlines() if "nodes" in line]
     assert any(line.startswith("find_blocks") and "ms" in line and "->" in line for line in lines)
     files = sorted((tmp_path / "dump").iterdir())
-    assert [path.name[5:] for path in files][-1] == "find_blocks.txt"
+    assert [path.name[5:] for path in files][-1] == "choose_layouts.txt"
     assert files[0].read_text().startswith("# ")
