@@ -91,9 +91,8 @@ def conv_weights(graph_module: fx.GraphModule) -> list[fx.Node]:
         value = attribute(graph_module, node)
         if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[2:].numel() == 1 or value.shape[1] == 1:
             continue
-        if node.users and all(is_convolution(user) and user.all_input_nodes.count(node) == 1 for user in node.users):
-            if all(user.args[1] is node for user in node.users):
-                found.append(node)
+        if node.users and all(is_convolution(user) and user.args[1] is node for user in node.users):
+            found.append(node)
     return found
 
 

@@ -51,7 +51,9 @@ class ValueFormer:
 
     def _coefficient_input(self, x: Load) -> fx.Node:
         node = self.graph.placeholder(f"coefficients_{self._like[x].name}")
-        node.meta = {"val": forecast_coefficients(x, self._like[x].meta["val"])}
+        like = self._like[x].meta["val"]
+        with FakeTensorMode():
+            node.meta = {"val": torch.empty(len(x.terms), dtype=coefficient_dtype(like.dtype), device=like.device)}
         return node
 
     @property
@@ -100,4 +102,4 @@ def _value_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def forecast_coefficients(load: Load, like: torch.Tensor) -> torch.Tensor:
     """The coefficients of a forecast, 1-D, in the precision and on the device for values like ``like``."""
-    return torch.tensor([c for _, c in load.terms], dtype=coefficient_dtype(like.dtype), device=like.device)
+    return torch.tensor([c for _, c in load.terms], dtype=coefficient_dtype(like.dtype)).to(like.device)

@@ -9,6 +9,8 @@
 ``interpreted`` needs TRITON_INTERPRET=1 before triton is imported, ``assemble`` needs it unset: two processes.
 """
 
+# ruff: noqa: PT008  (what is patched is called in many ways, and need not be a mock)
+
 from __future__ import annotations
 
 import contextlib
@@ -30,7 +32,6 @@ import torch
 import triton
 from torch import fx
 from torch._prims_common import suggest_memory_format
-from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
@@ -80,20 +81,24 @@ def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _attention(layout: str) -> Callable[..., torch.Tensor]:
-    """What attention returns on a GPU: fused kernels return [B, H, L, D] with the memory of [B, L, H, D]."""
+def _dispatch(layout: str) -> Callable[..., Any]:
+    """Of fake tensors: attention as on a GPU, where fused kernels return [B, H, L, D] in the memory of [B, L, H, D]."""
+    usual = FakeTensorMode.dispatch
 
-    def run(mode: FakeTensorMode, func: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
+    def dispatch(self: FakeTensorMode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not SDPA:
+            return usual(self, func, types, args, kwargs)
+        q, k, v = args[:3]
         if len({x.device for x in (q, k, v)}) != 1:
             raise RuntimeError(f"attention on tensors of several devices: {q.device}, {k.device}, {v.device}")
         *batch, length, _ = q.shape
-        with mode:
+        with self:
             if layout == "math" or len(batch) != 2:
                 return torch.empty(*batch, length, v.shape[-1], dtype=q.dtype, device=q.device)
-            b, h = batch
-            return torch.empty(b, length, h, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
+            made = torch.empty(batch[0], length, batch[1], v.shape[-1], dtype=q.dtype, device=q.device)
+            return made.transpose(1, 2)
 
-    return run
+    return dispatch
 
 
 def _conv_format(image: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.memory_format:
@@ -126,7 +131,7 @@ def gpu(layout: str = "flash") -> Iterator[None]:
         stack.enter_context(mock.patch.object(CudaInterface, "current_device", staticmethod(lambda: 0)))
         stack.enter_context(mock.patch.object(CudaInterface, "get_raw_stream", staticmethod(lambda i: 0)))
         stack.enter_context(mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _conv_format))
-        stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, {SDPA: _attention(layout)}))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "dispatch", _dispatch(layout)))
         yield
 
 
@@ -364,7 +369,7 @@ def interpreted(code: str) -> Callable[[list[torch.Tensor]], Any]:
     """The module's ``call(arguments) -> results`` on CPU tensors."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
     from torch._inductor import async_compile
-    from torch._inductor.runtime import triton_heuristics, triton_helpers
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
 
     class Kernels:
         def triton(self, name: str, source: str, device_str: str = "cuda") -> Any:

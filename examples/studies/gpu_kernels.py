@@ -15,6 +15,7 @@ Measurements are kept in ``build/gpu_kernels.json``; ``--write`` puts the table 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -145,14 +146,14 @@ def steps_of(plan: Plan) -> list[int]:
     return [by_work[k * (len(by_work) - 1) // max(1, OTHERS - 1)] for k in range(min(OTHERS, len(by_work)))]
 
 
-def measure(name: str, dtype: str, num_steps: int, keep: Callable[[dict[str, Any]], None]) -> None:
-    """All rows of one model in one type; each is handed to ``keep`` when it is there."""
+def measure(name: str, dtype: str, num_steps: int, found: Callable[[dict[str, Any]], None]) -> None:
+    """All rows of one model in one type; each is handed to ``found`` when it is there."""
     program = abstract(MODELS[name], getattr(torch, dtype))
     count = Counter()
     marked = sum(LAYOUT in node.meta for node in program.graph_module.graph.find_nodes(op="get_attr"))
     about = {"model": name, "dtype": dtype}
     plain = count.plain(program.graph_module)
-    keep({**about, "graph": "plain", "form": "plain", "laid_out": marked, "kernels": asdict(plain), "live": plain.all})
+    found({**about, "graph": "plain", "form": "plain", "laid_out": marked, "kernels": asdict(plain), "live": plain.all})
     timesteps = timesteps_of(num_steps)
     masks = {
         "all blocks": fxmask.policies.interval(1)(program, timesteps),
@@ -170,7 +171,7 @@ def measure(name: str, dtype: str, num_steps: int, keep: Callable[[dict[str, Any
                 kernels, parts = count.parts(run)
                 live = plain if title == "all blocks" else count.plain(live_alone(program, plan, step))
                 of_step = plan.steps[step]
-                keep(
+                found(
                     {
                         **about,
                         "graph": f"{title}, step {step}",
@@ -208,6 +209,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [row_of(row) for pair in order for row in rows if (row["model"], row["dtype"]) == pair])
 
 
+def keep(rows: list[dict[str, Any]], start: float, row: dict[str, Any]) -> None:
+    """Add a row to those that are there, and save all."""
+    rows.append(row)
+    print(f"{time.monotonic() - start:5.0f} s {row_of(row)}", flush=True)
+    MEASURED.write_text(json.dumps(rows, indent=1))
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,16 +231,12 @@ def main() -> None:
             rows = [row for row in rows if (row["model"], row["dtype"]) != (name, dtype)]
             start = time.monotonic()
 
-            def keep(row: dict[str, Any], start: float = start) -> None:
-                rows.append(row)
-                print(f"{time.monotonic() - start:5.0f} s {row_of(row)}", flush=True)
-                MEASURED.write_text(json.dumps(rows, indent=1))
-
-            measure(name, dtype, options.steps, keep)
+            measure(name, dtype, options.steps, functools.partial(keep, rows, start))
     print(table(rows))
     if options.write:
         remarks = RESULTS.read_text().partition(REMARKS)[2] if RESULTS.exists() else "\n"
-        head = f"# Kernels on a GPU\n\n`studies/gpu_kernels.py`, torch {torch.__version__}: Inductor's code for an H100, batch 2.\n"
+        made = f"`studies/gpu_kernels.py`, torch {torch.__version__}: Inductor's code for an H100, batch 2."
+        head = f"# Kernels on a GPU\n\n{made}\n"
         RESULTS.write_text("\n".join([head, table(rows), "", REMARKS + remarks]))
 
 
