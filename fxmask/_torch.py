@@ -139,7 +139,10 @@ def exact_float32() -> Iterator[None]:
     Set in the older way and in the newer one, which PyTorch wants to agree: it raises where one is read after the other was
     set to something else.
     """
-    matmul, cudnn = _set_before(torch.get_float32_matmul_precision, "highest"), _set_before(torch._C._get_cudnn_allow_tf32, True)
+    matmul, cudnn = (
+        _set_before(torch.get_float32_matmul_precision, "highest"),
+        _set_before(torch._C._get_cudnn_allow_tf32, True),
+    )
     before: list[tuple[tuple[str, str], str]] = []
     for entry in _GENERAL:  # first: what they say hides whether the others say anything
         before.append((entry, _precision_of(*entry)))
