@@ -78,6 +78,11 @@ class Room:
                 f"smaller batch (fxmask.record(batch_size=...)), or allow max_learning_bytes={size} or more"
             )
 
+    def take(self, size: int) -> None:
+        """Less room, for something that is there all the time."""
+        if self.size is not None:
+            self.size = max(1, self.size - size)
+
     def say(self, text: str) -> None:
         """Log what was chosen, once."""
         if text not in self.said:

@@ -42,6 +42,7 @@ from fxmask.learning.place_blocks import place_blocks
 from fxmask.learning.prices import measure_latency, per_step
 from fxmask.learning.progress import Progress
 from fxmask.learning.ranks import Group
+from fxmask.learning.room import Room
 from fxmask.learning.schedule import Origin, Schedule
 from fxmask.learning.student import Student
 from fxmask.sampling.same_sampler import describe_difference
@@ -74,6 +75,8 @@ class Search:
         checkpoint: file of the journal.
         cost: what budgets are fractions of, ``"macs"`` or ``"latency"``.
         backend: what latencies are measured with.
+        room: how many bytes learning may take; without bound, if not given.
+        deployed: the program that will run, if that is another one than is learned from.
 
     Raises:
         InputError: the trajectories do not belong together, or are too few for the ranks.
@@ -91,6 +94,8 @@ class Search:
         checkpoint: str | Path | None = None,
         cost: str = "macs",
         backend: str = "inductor",
+        room: Room | None = None,
+        deployed: Program | None = None,
     ) -> None:
         _check_together(trajectories)
         group = Group.current()
@@ -98,7 +103,8 @@ class Search:
         for n, trajectory in enumerate(trajectories):
             forms.of_run(trajectory, n)
         training, held_out, judges = _shares(program, trajectories, group, seed)
-        student, judge = Student(program, training, group, forms), Student(program, held_out, judges, forms)
+        student = Student(program, training, group, forms, room, deployed)
+        judge = Student(program, held_out, judges, forms, room, deployed)
         self.effort = effort
         self.limits = limits
         self.seed = seed
@@ -111,8 +117,8 @@ class Search:
         self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed)
         self.student, self.judge = student, judge
         if cost == "latency":
-            seconds = self.measured.latency(backend, lambda: measure_latency(student.program, backend))
-            student.price_by(per_step(student.program, seconds))
+            seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
+            student.price_by(per_step(student.deployed, seconds))
         self.branches = self.measured.branches
         self.levels = levels_of(student, 2 if self.stochastic else 0)
         if effort.kinds:

@@ -80,6 +80,7 @@ class Student:
         group: of ranks that learn together.
         forms: the programs of all runs of all ranks; those of ``trajectories``, if not given.
         room: how many bytes its values may take; without bound, if not given.
+        deployed: the program that will run, in a type of its own: prices and bounds on plans are its; ``program``, if not given.
 
     Attributes:
         program: of the first call of all; costs are its costs.
@@ -94,6 +95,7 @@ class Student:
         group: Group | None = None,
         forms: Forms | None = None,
         room: Room | None = None,
+        deployed: Program | None = None,
     ) -> None:
         self.trajectories = list(trajectories)
         self.group = group or Group.single()
@@ -102,6 +104,7 @@ class Student:
             raise InputError("the trajectories have different timesteps; record all of them with one scheduler")
         forms = forms or Forms(program, self.trajectories)
         self.program = forms.base
+        self.deployed = deployed or self.program
         self.programs = [forms.of_run(trajectory, n) for n, trajectory in enumerate(self.trajectories)]
         self.num_steps = first.num_steps
         self.order = first.order
@@ -123,7 +126,7 @@ class Student:
 
     def price_by(self, prices: Mapping[str, float]) -> None:
         """From now on nodes cost a step this much."""
-        self._costs = StepCosts(self.program, prices)
+        self._costs = StepCosts(self.deployed, prices)
 
     def computed(self, loads: frozenset[str]) -> frozenset[str]:
         """Blocks that a step with these loads computes."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import pytree
 from fxmask.errors import InputError
 from fxmask.frontend.examples import ExampleInputs, example_call, resolve_conditioning
 from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
@@ -72,6 +73,24 @@ class Trajectory(Recording):
         noise = self.initial_noise / sigmas[0]
         start = torch.Generator().manual_seed(0)
         sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, start)
+        return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
+
+    @torch.no_grad()
+    def in_type(self, model: torch.nn.Module, dtype: torch.dtype) -> Trajectory:
+        """The same start, conditioning and noise, recorded with a model in a type of more precision.
+
+        Args:
+            model: the denoiser in that type.
+            dtype: the type; tensors that have more precision keep it.
+        """
+
+        def wide(x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x
+
+        call, tapes = pytree.tree_map_only(torch.Tensor, wide, (dict(self.calls[0][0]), self.noises))
+        start = wide(self.initial_noise) / float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
+        sampled = _sample(model, scheduler, call, signature, start, self.step_kwargs, torch.Generator(), tapes)
         return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
     @torch.no_grad()
