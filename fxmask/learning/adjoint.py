@@ -21,6 +21,7 @@ import torch
 
 from fxmask.ir.forecast import INPUT, Cache, Slot, slot_of
 from fxmask.learning.fit import damped_step
+from fxmask.learning.pieces import Place, drawn_for
 from fxmask.learning.reversal import backwards
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, moved_by
 from fxmask.learning.student import Rollout, Student, formed_value, per_image, tensors_of
@@ -80,11 +81,11 @@ def refine_all(
     base = student.rollout(schedule, coefficients, keep=True)
     score = student.score(base)
     terms = free_terms(coefficients)
-    first = student.first_trajectory()
+    first = student.first_run()
     residuals = student.residuals(base)
     directions = [
-        _directions(residual, t.final, 7919 * seed + first + n)
-        for n, (residual, t) in enumerate(zip(residuals, student.trajectories, strict=True))
+        _directions(residual, t.final, 7919 * seed + first + place.run, place)
+        for residual, t, place in zip(residuals, student.trajectories, student.places, strict=True)
     ]
     found = derivatives(student, schedule, base, terms, directions)
     parts = []
@@ -120,11 +121,12 @@ def free_terms(coefficients: Coefficients) -> list[Coordinate]:
     ]
 
 
-def _directions(residual: torch.Tensor, like: torch.Tensor, seed: int) -> list[torch.Tensor]:
+def _directions(residual: torch.Tensor, like: torch.Tensor, seed: int, place: Place) -> list[torch.Tensor]:
     """That of every image's error, of length 1, and random ones orthogonal to it."""
     own = residual / residual.norm(dim=1, keepdim=True).clamp_min(1e-30)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(own.shape, generator=generator, dtype=own.dtype) for _ in range(PROBES)]
+    shape = (place.count, own.shape[1])
+    drawn = [drawn_for(place, torch.randn(shape, generator=generator, dtype=own.dtype)) for _ in range(PROBES)]
     directions = [own, *(u - (u * own).sum(dim=1, keepdim=True) * own for u in drawn)]
     return [u.reshape(like.shape).to(like) for u in directions]
 

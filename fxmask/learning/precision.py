@@ -55,7 +55,7 @@ def exact() -> Iterator[None]:
 def widened(
     program: Program, runs: Sequence[Sampler], dtype: torch.dtype, room: Room
 ) -> tuple[Program, list[Sampler], Program | None]:
-    """The program and the recorded runs in a type of at least this precision, and the program as it was given, if that is another.
+    """The program and the runs in a type of at least this precision, and the program as it was given, if that is another.
 
     Where that cannot be had, a log line says why, and learning goes on with what was given.
 

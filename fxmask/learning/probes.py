@@ -13,6 +13,7 @@ from torch import fx
 from fxmask.ir.forecast import Slot
 from fxmask.ir.interpret import interpret
 from fxmask.ir.program import Program
+from fxmask.learning.pieces import Place, drawn_for
 from fxmask.learning.room import Room, peak_bytes, tensor_bytes, value_bytes
 from fxmask.learning.student import Student, per_image, tensors_of
 from fxmask.sampling.sampler import Sampler
@@ -50,16 +51,18 @@ def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
     """Probes of some blocks, from forwards and backwards through every recorded call of the first lane."""
     lanes = len(student.order) / student.num_steps
     student.units += (1 + 2 * PROBES) / lanes  # of each step: one forward pass, and a backward pass of twice that per probe
-    first = student.first_trajectory()
+    first = student.first_run()
     parts = [
-        _probes_of(t, lanes[0], first + n, blocks, student.room)
-        for n, (t, lanes) in enumerate(zip(student.trajectories, student.programs, strict=True))
+        _probes_of(t, lanes[0], first + place.run, blocks, student.room, place)
+        for t, lanes, place in zip(student.trajectories, student.programs, student.places, strict=True)
     ]
     probes = torch.cat(student.group.gather(parts), dim=1).double()
     return Probes(probes.pow(2).mean(dim=1), probes[..., 0].sum(dim=2).pow(2).mean(dim=1))
 
 
-def _probes_of(trajectory: Sampler, program: Program, seed: int, blocks: Sequence[str], room: Room) -> torch.Tensor:
+def _probes_of(
+    trajectory: Sampler, program: Program, seed: int, blocks: Sequence[str], room: Room, place: Place
+) -> torch.Tensor:
     """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs.
 
     Raises:
@@ -88,7 +91,9 @@ def _probes_of(trajectory: Sampler, program: Program, seed: int, blocks: Sequenc
         table = torch.zeros(PROBES, images, len(blocks), MAX_AGE)
         names = [name for name, value in found.items() if value.requires_grad]
         for r in range(PROBES if step and names else 0):
-            u = torch.randn(outputs[0].shape, generator=generator).to(outputs[0])
+            count = len(outputs[0]) // images * place.count
+            drawn = torch.randn((count, *outputs[0].shape[1:]), generator=generator)
+            u = (drawn_for(place, drawn) if place.size < place.count else drawn).to(outputs[0])
             wanted = [found[n] for n in names]
             gradients = torch.autograd.grad(outputs[0], wanted, u, retain_graph=r + 1 < PROBES, allow_unused=True)
             for name, gradient in zip(names, gradients, strict=True):

@@ -11,7 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ class Room:
         self.size = size
         self.asked = asked
         self.said: set[str] = set()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: _Folder | None = None
 
     @classmethod
     def of(cls, max_learning_bytes: int | None, device: torch.device) -> Room:
@@ -92,8 +94,8 @@ class Room:
     def elsewhere(self, device: torch.device) -> Elsewhere:
         """An empty cache whose values do not lie where the model computes."""
         if device.type == "cpu" and self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="fxmask-learning-", ignore_cleanup_errors=True)
-        return Elsewhere(Path(self._folder.name) if self._folder is not None and device.type == "cpu" else None)
+            self._folder = _Folder()
+        return Elsewhere(self._folder if device.type == "cpu" else None)
 
 
 class Elsewhere(MutableMapping[Slot, torch.Tensor]):
@@ -105,17 +107,15 @@ class Elsewhere(MutableMapping[Slot, torch.Tensor]):
 
     _numbers = itertools.count()
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: _Folder | None) -> None:
         self._folder = folder
         self._kept: dict[Slot, Any] = {}
 
     def __setitem__(self, slot: Slot, value: torch.Tensor) -> None:
-        if isinstance(value, _File):
-            self._kept[slot] = value
-        elif self._folder is None:
+        if self._folder is None:
             self._kept[slot] = (value.to("cpu"), value.device)
         else:
-            self._kept[slot] = _File(self._folder / str(next(self._numbers)), value)
+            self._kept[slot] = _File(self._folder.path / str(next(self._numbers)), value)
 
     def __getitem__(self, slot: Slot) -> torch.Tensor:
         kept = self._kept[slot]
@@ -136,6 +136,14 @@ class Elsewhere(MutableMapping[Slot, torch.Tensor]):
     def share(self, other: Elsewhere) -> None:
         """Take the values of another one, without moving them."""
         self._kept.update(other._kept)
+
+
+class _Folder:
+    """A temporary folder, which goes when no cache has it any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="fxmask-learning-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class _File:

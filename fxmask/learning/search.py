@@ -26,6 +26,7 @@ import torch
 from fxmask.errors import InputError, OutcomeError
 from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.program import Program
+from fxmask.learning.adjoint import acts_by_element
 from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits, trimmed
 from fxmask.learning.effort import Effort, Limits
@@ -37,6 +38,7 @@ from fxmask.learning.levels import BENDS, Level, evenly, levels_of
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.outcome import TOLERANCE
+from fxmask.learning.pieces import split
 from fxmask.learning.place import place, place_mixed
 from fxmask.learning.place_blocks import place_blocks
 from fxmask.learning.prices import measure_latency, per_step
@@ -103,12 +105,17 @@ class Search:
         for n, trajectory in enumerate(trajectories):
             forms.of_run(trajectory, n)
         training, held_out, judges = _shares(program, trajectories, group, seed)
-        student = Student(program, training, group, forms, room, deployed)
-        judge = Student(program, held_out, judges, forms, room, deployed)
         self.effort = effort
         self.limits = limits
         self.seed = seed
         self.stochastic = any(t.stochastic for t in trajectories)
+        room = room or Room()
+        adjoints = self.stochastic and all(acts_by_element(t) for t in trajectories)
+        gradients = bool(effort.starts) or adjoints
+        training, places = split(training, forms, room, gradients=gradients, adjoints=adjoints)
+        held_out, held_places = split(held_out, forms, room, gradients=False, adjoints=False)
+        student = Student(program, training, group, forms, room, deployed, places)
+        judge = Student(program, held_out, judges, forms, room, deployed, held_places)
         self.progress = Progress(progress)
         options = seed, limits, effort, 2 if self.stochastic else 0, cost
         identity = identity_of(program, trajectories, (*options, backend)) if checkpoint is not None and group.rank == 0 else ""

@@ -30,6 +30,7 @@ from fxmask.ir.weights import detach_weights
 from fxmask.learning.costs import StepCosts
 from fxmask.learning.fit import second_moments, solve_ridge
 from fxmask.learning.forms import Forms
+from fxmask.learning.pieces import Place, kept_for_all_steps
 from fxmask.learning.ranks import Group
 from fxmask.learning.reversal import advances
 from fxmask.learning.room import Elsewhere, Room, peak_bytes, tensor_bytes, value_bytes
@@ -80,7 +81,8 @@ class Student:
         group: of ranks that learn together.
         forms: the programs of all runs of all ranks; those of ``trajectories``, if not given.
         room: how many bytes its values may take; without bound, if not given.
-        deployed: the program that will run, in a type of its own: prices and bounds on plans are its; ``program``, if not given.
+        deployed: the program that will run, in a type of its own, if that is another one: prices and bounds are its.
+        places: where the trajectories come from, if they are pieces of recorded runs.
 
     Attributes:
         program: of the first call of all; costs are its costs.
@@ -96,8 +98,10 @@ class Student:
         forms: Forms | None = None,
         room: Room | None = None,
         deployed: Program | None = None,
+        places: Sequence[Place] | None = None,
     ) -> None:
         self.trajectories = list(trajectories)
+        self.places = places or [Place(n, 0, t.batch_size, t.batch_size) for n, t in enumerate(self.trajectories)]
         self.group = group or Group.single()
         first = self.trajectories[0]
         if any(t.timesteps != first.timesteps or t.order != first.order for t in self.trajectories):
@@ -307,7 +311,7 @@ class Student:
         Raises:
             InputError: there is no room for those of one.
         """
-        size = max(self.pass_bytes(n, False) + self._block_bytes(self.program, schedule.formed) for n in numbers)
+        size = max(self.pass_bytes(n, False) + self._block_bytes(self.programs[n][0], schedule.formed) for n in numbers)
         together = size + sum(self.live_bytes(schedule, n) for n in numbers)
         if self.room.holds(together):
             return [{} for _ in numbers]
@@ -371,7 +375,7 @@ class Student:
 
     def _sample_bytes(self, number: int) -> int:
         """Bytes of what is kept for all steps besides the recording: predictions, samples, and derivatives by them."""
-        return 3 * len(self.order) * tensor_bytes(self.trajectories[number].final)
+        return kept_for_all_steps(self.trajectories[number])
 
     def _step(
         self,
@@ -482,9 +486,9 @@ class Student:
         """Count the work of one call of every trajectory; alike on every rank, whatever its share."""
         self.units += self._macs.cost(loads) / len(self.order)
 
-    def first_trajectory(self) -> int:
-        """Number of this rank's first trajectory among those of all ranks: random numbers must not depend on the ranks."""
-        counts = self.group.gather([torch.tensor(len(self.trajectories))])
+    def first_run(self) -> int:
+        """Number of this rank's first recorded run among those of all ranks: random numbers must not depend on the ranks."""
+        counts = self.group.gather([torch.tensor(1 + self.places[-1].run)])
         return int(sum(counts[: self.group.rank]))
 
     # Errors

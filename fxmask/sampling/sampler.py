@@ -78,6 +78,14 @@ class ChangesType(Protocol):
 
 
 @runtime_checkable
+class Splits(Protocol):
+    """A sampler whose batch can be taken apart."""
+
+    def rows(self, first: int, end: int) -> Sampler | None:
+        """Some of the samples of the batch, as runs of their own, if they do not depend on the others."""
+
+
+@runtime_checkable
 class ChangesSteps(Protocol):
     """A sampler that can take another number of steps from the same start, like one recorded from a scheduler alone."""
 

@@ -93,6 +93,24 @@ class Trajectory(Recording):
         sampled = _sample(model, scheduler, call, signature, start, self.step_kwargs, torch.Generator(), tapes)
         return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
+    def rows(self, first: int, end: int) -> Trajectory | None:
+        """Some of the samples of the batch, as runs of their own; ``None`` if the sampler is not one for each sample alone.
+
+        Whether the denoiser is, only the denoiser can tell.
+        """
+        count = self.batch_size
+
+        def part(x: torch.Tensor) -> torch.Tensor:
+            return x[first:end] if x.dim() and len(x) == count else x
+
+        names = ("calls", "outputs", "initial_noise", "noises", "final")
+        parts = pytree.tree_map_only(torch.Tensor, part, {name: getattr(self, name) for name in names})
+        piece = replace(self, **parts)
+        outputs = iter([output for step in piece.outputs for output in step])
+        with torch.no_grad():
+            again = piece.rollout(lambda **_call: next(outputs))
+        return piece if torch.allclose(again, piece.final, rtol=1e-4, atol=1e-5) else None
+
     @torch.no_grad()
     def renoised(self, model: torch.nn.Module, seed: int) -> Trajectory:
         """The same conditioning, recorded with other noise."""
