@@ -120,8 +120,8 @@ def hooks_so_far() -> int:
 # Where PyTorch keeps how float32 is computed: (backend, operators); what is "none" follows the entry that is more general.
 _GENERAL = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _PARTS = tuple((backend, part) for backend in ("cuda", "mkldnn") for part in ("matmul", "conv", "rnn"))
-_precision_of: Callable[[str, str], str] = torch._C._get_fp32_precision_getter  # type: ignore[attr-defined]
-_set_precision: Callable[[str, str, str], None] = torch._C._set_fp32_precision_setter  # type: ignore[attr-defined]
+_precision_of: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+_set_precision: Callable[[str, str, str], Any] = torch._C._set_fp32_precision_setter
 
 
 def float32_precisions() -> tuple[str, ...]:

@@ -125,7 +125,7 @@ def _directions(residual: torch.Tensor, like: torch.Tensor, seed: int, place: Pl
     """That of every image's error, of length 1, and random ones orthogonal to it."""
     own = residual / residual.norm(dim=1, keepdim=True).clamp_min(1e-30)
     generator = torch.Generator().manual_seed(seed)
-    shape = (place.count, own.shape[1])
+    shape = (place.whole, own.shape[1])
     drawn = [drawn_for(place, torch.randn(shape, generator=generator, dtype=own.dtype)) for _ in range(PROBES)]
     directions = [own, *(u - (u * own).sum(dim=1, keepdim=True) * own for u in drawn)]
     return [u.reshape(like.shape).to(like) for u in directions]
@@ -189,8 +189,8 @@ class _Backward:
     def run(self) -> torch.Tensor:
         """The derivatives ``[M, B, columns]``."""
         kept = self.student.states_kept(self.schedule, self.number, len(self.directions))
-        states = backwards({}, len(self.student.order), kept, self._advance)
-        for p, caches in states:
+        nothing: Mapping[int, Cache] = {}
+        for p, caches in backwards(nothing, len(self.student.order), kept, self._advance):
             step, lane = self.student.order[p]
             program = self.programs[lane]
             place = program.inputs.index(program.signature.sample)
@@ -227,9 +227,9 @@ class _Backward:
         step, lane = self.student.order[p]
         return {**self.trajectory.calls[step][lane], self.trajectory.sample: self.samples[p]}
 
-    def _advance(self, caches: Mapping[int, Cache], p: int) -> dict[int, Cache]:
+    def _advance(self, caches: Mapping[int, Cache], p: int) -> Mapping[int, Cache]:
         """What may be read after call ``p``, by lane."""
-        after = {lane: dict(cache) for lane, cache in caches.items()}
+        after: dict[int, Cache] = {lane: dict(cache) for lane, cache in caches.items()}
         self.student.advance(self.schedule, p, self.number, self._call(p), after, self.used)
         return after
 

@@ -25,13 +25,13 @@ class Place(NamedTuple):
         run: number of the recorded run among this rank's.
         first: of its samples.
         size: how many they are.
-        count: samples of the whole batch.
+        whole: samples of the whole batch.
     """
 
     run: int
     first: int
     size: int
-    count: int
+    whole: int
 
 
 def drawn_for(place: Place, drawn: torch.Tensor) -> torch.Tensor:

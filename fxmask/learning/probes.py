@@ -91,9 +91,9 @@ def _probes_of(
         table = torch.zeros(PROBES, images, len(blocks), MAX_AGE)
         names = [name for name, value in found.items() if value.requires_grad]
         for r in range(PROBES if step and names else 0):
-            count = len(outputs[0]) // images * place.count
+            count = len(outputs[0]) // images * place.whole
             drawn = torch.randn((count, *outputs[0].shape[1:]), generator=generator)
-            u = (drawn_for(place, drawn) if place.size < place.count else drawn).to(outputs[0])
+            u = (drawn_for(place, drawn) if place.size < place.whole else drawn).to(outputs[0])
             wanted = [found[n] for n in names]
             gradients = torch.autograd.grad(outputs[0], wanted, u, retain_graph=r + 1 < PROBES, allow_unused=True)
             for name, gradient in zip(names, gradients, strict=True):

@@ -171,7 +171,8 @@ class _File:
 def free_bytes(device: torch.device) -> int:
     """Free memory where a model computes: of the GPU, or of this machine and of the control group that it runs in."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to be used again
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return min((x for x in (_available(), *_group_rooms()) if x is not None), default=UNKNOWN)
 
 
