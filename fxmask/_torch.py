@@ -59,6 +59,8 @@ __all__ = [
     "collected_output_code",
     "cpp_compiler_problem",
     "default_device",
+    "exact_float32",
+    "float32_precisions",
     "forget_compiled_call",
     "get_proxy_mode",
     "hooks_so_far",
@@ -113,6 +115,58 @@ def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
 def hooks_so_far() -> int:
     """How many hooks were registered in this process so far, on whatever module."""
     return int(torch.utils.hooks.RemovableHandle.next_id)
+
+
+# Where PyTorch keeps how float32 is computed: (backend, operators); what is "none" follows the entry that is more general.
+_GENERAL = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
+_PARTS = tuple((backend, part) for backend in ("cuda", "mkldnn") for part in ("matmul", "conv", "rnn"))
+_precision_of: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+_set_precision: Callable[[str, str, str], Any] = torch._C._set_fp32_precision_setter
+
+
+def float32_precisions() -> tuple[str, ...]:
+    """How float32 is computed where it matters: matrix products and convolutions of CUDA and of oneDNN.
+
+    ``torch.get_float32_matmul_precision`` and ``allow_tf32`` raise where a program has set it in the newer way.
+    """
+    return tuple(_precision_of(*entry) for entry in _PARTS)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 is computed as float32 inside: no TF32, no bfloat16 in its place. For the whole process; put back at the end.
+
+    Set in the older way and in the newer one, which PyTorch wants to agree: it raises where one is read after the other was
+    set to something else.
+    """
+    matmul, cudnn = (
+        _set_before(torch.get_float32_matmul_precision, "highest"),
+        _set_before(torch._C._get_cudnn_allow_tf32, True),
+    )
+    before: list[tuple[tuple[str, str], str]] = []
+    for entry in _GENERAL:  # first: what they say hides whether the others say anything
+        before.append((entry, _precision_of(*entry)))
+        _set_precision(*entry, "none")
+    before += [(entry, _precision_of(*entry)) for entry in _PARTS]
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch._C._set_cudnn_allow_tf32(False)
+        for entry in _PARTS:
+            _set_precision(*entry, "ieee")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch._C._set_cudnn_allow_tf32(cudnn)
+        for entry, value in reversed(before):
+            _set_precision(*entry, value)
+
+
+def _set_before(read: Callable[[], Any], default: Any) -> Any:
+    """What was set in the older way; its default, if it was the newer way that was used."""
+    try:
+        return read()
+    except RuntimeError:
+        return default
 
 
 def is_transformed() -> bool:

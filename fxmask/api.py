@@ -25,7 +25,9 @@ from fxmask.learning.effort import EFFORTS, Limits
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.learner import learn_paper
 from fxmask.learning.paper.options import PaperOptions
+from fxmask.learning.precision import check_learn_dtype, exact, widened
 from fxmask.learning.ranks import Group
+from fxmask.learning.room import Room
 from fxmask.learning.search import Search
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.compare_steps import compare_steps
@@ -62,6 +64,8 @@ def accelerate(
     scheduler_kwargs: Mapping[str, Any] | None = None,
     max_graphs: int | None = None,
     max_cache_bytes: int | None = None,
+    max_learning_bytes: int | None = None,
+    learn_dtype: torch.dtype = torch.float32,
     learner: str = "default",
     effort: str = "default",
     cost: str = "macs",
@@ -88,6 +92,9 @@ def accelerate(
         scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
         max_cache_bytes: at most this many cached bytes at once, per lane, for a batch of ``RECORDED_BATCH``.
+        max_learning_bytes: how much memory learning may take besides model and recorded runs; half of what is free where the
+            model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
+        learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
         effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
@@ -138,6 +145,8 @@ def accelerate(
             max_error=max_error,
             max_graphs=max_graphs,
             max_cache_bytes=max_cache_bytes,
+            max_learning_bytes=max_learning_bytes,
+            learn_dtype=learn_dtype,
             seed=seed,
             progress=progress,
             learner=learner,
@@ -168,6 +177,8 @@ def learn(
     max_error: float | None = None,
     max_graphs: int | None = None,
     max_cache_bytes: int | None = None,
+    max_learning_bytes: int | None = None,
+    learn_dtype: torch.dtype = torch.float32,
     learner: str = "default",
     effort: str = "default",
     checkpoint: str | Path | None = None,
@@ -189,6 +200,9 @@ def learn(
             it, the mask computes everything, with a warning.
         max_graphs: at most this many distinct step graphs.
         max_cache_bytes: bound of ``Plan.peak_cache_bytes``, at the captured batch size.
+        max_learning_bytes: how much memory learning may take besides model and recorded runs; half of what is free where the
+            model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
+        learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939, which takes neither ``effort`` nor
             ``checkpoint`` and learns from the first recorded run.
         effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25)
@@ -213,30 +227,38 @@ def learn(
     _check_choice("effort", effort, tuple(EFFORTS))
     _check_choice("cost", cost, COSTS)
     trajectories = _listed(calls)
+    check_learn_dtype(learn_dtype)
+    room = _room(max_learning_bytes, program)
     if learner == "paper":
         refused = {"cost": cost != "macs", "effort": effort != "default", "checkpoint": checkpoint is not None}
         named = [name for name, given in refused.items() if given]
         if named:
             raise InputError(f"learner='paper' counts MACs, has one effort and keeps no checkpoint; leave out {named}")
-        return learn_paper(
-            program, trajectories, outcome, limits=limits, seed=seed, progress=progress, options=options or PaperOptions()
-        )
-    if options is not None:
+    elif options is not None:
         raise InputError("options= are those of learner='paper'; leave them out, or choose that learner")
-    search = Search(
-        program,
-        trajectories,
-        effort=EFFORTS[effort],
-        limits=limits,
-        seed=seed,
-        progress=progress,
-        checkpoint=checkpoint,
-        cost=cost,
-        backend=backend,
-    )
-    if outcome.max_error is not None:
-        return search.meet_error(outcome.max_error).mask
-    return search.best(outcome.budget).mask
+    with exact():
+        learned, trajectories, deployed = widened(program, trajectories, learn_dtype, room)
+        if learner == "paper":
+            options = options or PaperOptions()
+            return learn_paper(
+                learned, trajectories, outcome, limits=limits, seed=seed, progress=progress, options=options, deployed=deployed
+            )
+        search = Search(
+            learned,
+            trajectories,
+            effort=EFFORTS[effort],
+            limits=limits,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+            cost=cost,
+            backend=backend,
+            room=room,
+            deployed=deployed,
+        )
+        if outcome.max_error is not None:
+            return search.meet_error(outcome.max_error).mask
+        return search.best(outcome.budget).mask
 
 
 def pareto(
@@ -246,6 +268,8 @@ def pareto(
     speedups: Iterable[float] = (1.5, 2.0, 3.0),
     max_graphs: int | None = None,
     max_cache_bytes: int | None = None,
+    max_learning_bytes: int | None = None,
+    learn_dtype: torch.dtype = torch.float32,
     effort: str = "default",
     checkpoint: str | Path | None = None,
     cost: str = "macs",
@@ -264,18 +288,25 @@ def pareto(
     if not isinstance(speedups, Iterable):
         raise InputError(f"speedups must be several numbers, got {speedups!r}; e.g. speedups=(1.5, 2.0)")
     wanted = [Outcome(speedup=s) for s in speedups]
-    search = Search(
-        program,
-        _listed(calls),
-        effort=EFFORTS[effort],
-        limits=Limits(max_graphs, max_cache_bytes),
-        seed=seed,
-        progress=progress,
-        checkpoint=checkpoint,
-        cost=cost,
-        backend=backend,
-    )
-    return tuple(search.best(outcome.budget) for outcome in wanted)
+    limits = Limits(max_graphs, max_cache_bytes)
+    check_learn_dtype(learn_dtype)
+    room = _room(max_learning_bytes, program)
+    with exact():
+        learned, trajectories, deployed = widened(program, _listed(calls), learn_dtype, room)
+        search = Search(
+            learned,
+            trajectories,
+            effort=EFFORTS[effort],
+            limits=limits,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+            cost=cost,
+            backend=backend,
+            room=room,
+            deployed=deployed,
+        )
+        return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
 def compile(program: Program, plan: Plan, backend: str = "inductor", *, mode: str | None = None) -> AcceleratedModel:
@@ -392,6 +423,15 @@ def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress
             package.compare(executor.run_full(tensors))
             compare_steps(executor, agrees)
     return accelerated
+
+
+def _room(max_learning_bytes: int | None, program: Program) -> Room:
+    """How much memory learning may take; ranks that share a machine share what is free there."""
+    device = module_device(program.model)
+    room = Room.of(max_learning_bytes, device)
+    if max_learning_bytes is None and device.type == "cpu":
+        return Room(max(1, (room.given or 1) // Group.current().size))
+    return room
 
 
 def _seeds(seed: int, mask: Mask | None, learner: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxmask._torch import default_device, is_transformed
+from fxmask._torch import default_device, float32_precisions, is_transformed
 
 SDPA = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -22,8 +22,7 @@ class Ambient(NamedTuple):
         default_dtype: of new tensors.
         default_device: of new tensors.
         deterministic: whether only deterministic algorithms are allowed.
-        matmul_precision: of float32 matrix products.
-        tf32: whether cuDNN may use TF32.
+        float32_precision: how matrix products and convolutions of float32 are computed, e.g. in TF32.
         attention: which implementations of attention are allowed.
     """
 
@@ -31,8 +30,7 @@ class Ambient(NamedTuple):
     default_dtype: torch.dtype
     default_device: torch.device | None
     deterministic: bool
-    matmul_precision: str
-    tf32: bool
+    float32_precision: tuple[str, ...]
     attention: tuple[bool, ...]
 
     @classmethod
@@ -43,8 +41,7 @@ class Ambient(NamedTuple):
             torch.get_default_dtype(),
             default_device(),
             torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
-            _cudnn_tf32(),
+            float32_precisions(),
             tuple(_sdpa()),
         )
 
@@ -69,10 +66,6 @@ def needs_gradients(tensors: Mapping[str, torch.Tensor]) -> bool:
     if is_transformed():
         return True
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-
-
-def _cudnn_tf32() -> bool:
-    return bool(torch.backends.cudnn.allow_tf32)
 
 
 def _sdpa() -> list[bool]:

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-from fxmask.ir.forecast import INPUT, Slot, slot_of
+from fxmask.ir.forecast import INPUT, Cache, Slot, slot_of
 from fxmask.learning.fit import damped_step
+from fxmask.learning.pieces import Place, drawn_for
+from fxmask.learning.reversal import backwards
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, moved_by
 from fxmask.learning.student import Rollout, Student, formed_value, per_image, tensors_of
 from fxmask.sampling.sampler import Sampler
@@ -79,11 +81,11 @@ def refine_all(
     base = student.rollout(schedule, coefficients, keep=True)
     score = student.score(base)
     terms = free_terms(coefficients)
-    first = student.first_trajectory()
+    first = student.first_run()
     residuals = student.residuals(base)
     directions = [
-        _directions(residual, t.final, 7919 * seed + first + n)
-        for n, (residual, t) in enumerate(zip(residuals, student.trajectories, strict=True))
+        _directions(residual, t.final, 7919 * seed + first + place.run, place)
+        for residual, t, place in zip(residuals, student.trajectories, student.places, strict=True)
     ]
     found = derivatives(student, schedule, base, terms, directions)
     parts = []
@@ -119,11 +121,12 @@ def free_terms(coefficients: Coefficients) -> list[Coordinate]:
     ]
 
 
-def _directions(residual: torch.Tensor, like: torch.Tensor, seed: int) -> list[torch.Tensor]:
+def _directions(residual: torch.Tensor, like: torch.Tensor, seed: int, place: Place) -> list[torch.Tensor]:
     """That of every image's error, of length 1, and random ones orthogonal to it."""
     own = residual / residual.norm(dim=1, keepdim=True).clamp_min(1e-30)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(own.shape, generator=generator, dtype=own.dtype) for _ in range(PROBES)]
+    shape = (place.whole, own.shape[1])
+    drawn = [drawn_for(place, torch.randn(shape, generator=generator, dtype=own.dtype)) for _ in range(PROBES)]
     directions = [own, *(u - (u * own).sum(dim=1, keepdim=True) * own for u in drawn)]
     return [u.reshape(like.shape).to(like) for u in directions]
 
@@ -169,7 +172,8 @@ class _Backward:
         self.student = student
         self.schedule = schedule
         self.used = base.coefficients
-        self.stored = base.stored[number]
+        self.number = number
+        self.cache: Cache = {}  # of the lane at hand, what the present step may read
         self.outputs = base.outputs[number]
         self.trajectory = student.trajectories[number]
         self.programs = student.programs[number]
@@ -184,14 +188,19 @@ class _Backward:
 
     def run(self) -> torch.Tensor:
         """The derivatives ``[M, B, columns]``."""
-        for p, (step, lane) in reversed(list(enumerate(self.student.order))):
+        kept = self.student.states_kept(self.schedule, self.number, len(self.directions))
+        nothing: Mapping[int, Cache] = {}
+        for p, caches in backwards(nothing, len(self.student.order), kept, self._advance):
+            step, lane = self.student.order[p]
             program = self.programs[lane]
             place = program.inputs.index(program.signature.sample)
-            tensors = tensors_of(program, {**self.trajectory.calls[step][lane], self.trajectory.sample: self.samples[p]})
+            tensors = tensors_of(program, self._call(p))
             tensors[place] = tensors[place].detach().requires_grad_()
+            self.cache = dict(caches.get(lane, {}))
+            self.cache[Slot(INPUT, 0, step)] = self.samples[p]
+            del caches
             graph = self.student.cut(program, self.schedule, step)
-            cache = self.stored[lane]
-            formed = [formed_value(b, i, self.used[step, b], cache).detach().requires_grad_() for b, i in graph.load]
+            formed = [formed_value(b, i, self.used[step, b], self.cache).detach().requires_grad_() for b, i in graph.load]
             with torch.enable_grad():
                 produced = graph(tensors, formed)
             stores = dict(zip(graph.store, produced[graph.num_outputs :], strict=True))
@@ -210,7 +219,19 @@ class _Backward:
                         self._read(m, p, block, i, gradient)
                 if gradients[-1] is not None:
                     self.of_samples[m][p] = self.of_samples[m][p] + gradients[-1]
+            del stores, produced, formed, wanted, gradients  # before the values of the next step are made
         return self.found
+
+    def _call(self, p: int) -> dict[str, Any]:
+        """The arguments of call ``p``."""
+        step, lane = self.student.order[p]
+        return {**self.trajectory.calls[step][lane], self.trajectory.sample: self.samples[p]}
+
+    def _advance(self, caches: Mapping[int, Cache], p: int) -> Mapping[int, Cache]:
+        """What may be read after call ``p``, by lane."""
+        after: dict[int, Cache] = {lane: dict(cache) for lane, cache in caches.items()}
+        self.student.advance(self.schedule, p, self.number, self._call(p), after, self.used)
+        return after
 
     def _asked(
         self,
@@ -246,7 +267,7 @@ class _Backward:
         for k, (source, c) in enumerate(self.used[step, block]):
             slot = slot_of(source, block, i)
             own = computed if source == step else None
-            value = self.stored[lane][slot] if own is None else own
+            value = self.cache[slot] if own is None else own
             column = self.columns.get((step, block, k))
             if column is not None:
                 self.found[m, :, column] += per_image(adjoint.double() * value.double(), self.trajectory.batch_size).cpu()

@@ -100,7 +100,7 @@ class Measured:
     @functools.cached_property
     def differentiable(self) -> bool:
         """Whether the denoiser has derivatives."""
-        return has_derivatives(self.student.program)
+        return has_derivatives(self.student.programs[0][0])
 
     @functools.cached_property
     def has_adjoints(self) -> bool:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from fxmask.ir.forecast import Slot
 from fxmask.ir.interpret import interpret
 from fxmask.ir.program import Program
+from fxmask.learning.pieces import Place, drawn_for
+from fxmask.learning.room import Room, peak_bytes, tensor_bytes, value_bytes
 from fxmask.learning.student import Student, per_image, tensors_of
 from fxmask.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 MAX_AGE = 8
 PROBES = 2
-MEMORY = 2 << 30  # bytes of recorded block values that may be held at once
 
 
 class Probes(NamedTuple):
@@ -49,39 +51,56 @@ def measure_probes(student: Student, blocks: Sequence[str]) -> Probes:
     """Probes of some blocks, from forwards and backwards through every recorded call of the first lane."""
     lanes = len(student.order) / student.num_steps
     student.units += (1 + 2 * PROBES) / lanes  # of each step: one forward pass, and a backward pass of twice that per probe
-    first = student.first_trajectory()
+    first = student.first_run()
     parts = [
-        _probes_of(t, lanes[0], first + n, blocks)
-        for n, (t, lanes) in enumerate(zip(student.trajectories, student.programs, strict=True))
+        _probes_of(t, lanes[0], first + place.run, blocks, student.room, place)
+        for t, lanes, place in zip(student.trajectories, student.programs, student.places, strict=True)
     ]
     probes = torch.cat(student.group.gather(parts), dim=1).double()
     return Probes(probes.pow(2).mean(dim=1), probes[..., 0].sum(dim=2).pow(2).mean(dim=1))
 
 
-def _probes_of(trajectory: Sampler, program: Program, seed: int, blocks: Sequence[str]) -> torch.Tensor:
-    """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs."""
+def _probes_of(
+    trajectory: Sampler, program: Program, seed: int, blocks: Sequence[str], room: Room, place: Place
+) -> torch.Tensor:
+    """Probes float32 ``[T, R, B, A]`` for R (direction, image) pairs.
+
+    Raises:
+        InputError: there is no room for a backward pass through one call.
+    """
     values = {value: b for b, name in enumerate(blocks) for value in program.block(name).values}
-    window: list[dict[str, torch.Tensor]] = []  # values of the latest steps, this one last
+    window: list[MutableMapping[Slot, torch.Tensor]] = []  # values of the latest steps, this one last
+    graph = program.graph_module.graph
+    least = value_bytes(graph) + peak_bytes(graph)
+    room.require(least, f"a backward pass through one call of a batch of {trajectory.batch_size}")
+    held = (MAX_AGE + 1) * sum(tensor_bytes(program.node(value).meta.get("val")) for value in values)
+    if not room.holds(least + held):
+        room.say("values of earlier steps that probes compare with go elsewhere")
     images = trajectory.batch_size
     rows = []
     generator = torch.Generator().manual_seed(seed)
     for step in range(trajectory.num_steps):
         outputs, found = _forward(program.graph_module, tensors_of(program, trajectory.calls[step][0]), values)
-        window = [*window, {name: value.detach() for name, value in found.items()}][-MAX_AGE - 1 :]
-        held = sum(v.numel() * v.element_size() for kept in window for v in kept.values())
-        if held > MEMORY:
-            window = window[-2:]
+        values_now = {Slot(name, 0, step): value.detach() for name, value in found.items()}
+        window = window[-MAX_AGE:]
+        if room.holds(least + held):
+            window.append(values_now)
+        else:
+            window.append(room.elsewhere(trajectory.final.device))
+            window[-1].update(values_now)
         table = torch.zeros(PROBES, images, len(blocks), MAX_AGE)
         names = [name for name, value in found.items() if value.requires_grad]
         for r in range(PROBES if step and names else 0):
-            u = torch.randn(outputs[0].shape, generator=generator).to(outputs[0])
+            count = len(outputs[0]) // images * place.whole
+            drawn = torch.randn((count, *outputs[0].shape[1:]), generator=generator)
+            u = (drawn_for(place, drawn) if place.size < place.whole else drawn).to(outputs[0])
             wanted = [found[n] for n in names]
             gradients = torch.autograd.grad(outputs[0], wanted, u, retain_graph=r + 1 < PROBES, allow_unused=True)
             for name, gradient in zip(names, gradients, strict=True):
                 if gradient is None:
                     continue
                 for age in range(1, len(window)):
-                    moved = window[-1 - age][name] - window[-1][name]
+                    moved = window[-1 - age][Slot(name, 0, step - age)] - found[name].detach()
                     products = per_image(gradient * moved, images) / math.sqrt(outputs[0].numel() / images)
                     table[r, :, values[name], age - 1] += products.cpu()
             del gradients

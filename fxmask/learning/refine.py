@@ -5,6 +5,7 @@ There are only a few dozen coefficients. Where there are more, see ``adjoint``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,22 +34,25 @@ def refine(
     ``length`` of the one that is best to first order.
     """
     base = student.rollout(schedule, coefficients, keep=True)
+    nudge = step_for(student.program.example.sample.dtype)
     best, score = dict(base.coefficients), student.score(base)
     for _ in range(rounds):
         directions = free_directions(best)
         residual = student.residuals(base)
         weight = student.weights(base)
-        columns = []
-        for step, names, k in directions:
-            moved = moved_by(best, step, names, k, STEP)
-            other = student.rollout(schedule, moved, base, step)
-            columns.append([(a - r) / STEP for a, r in zip(student.residuals(other), residual, strict=True)])
-            bar()
-        if not columns:
+        if not directions:
             break
         parts = []
         for n, r in enumerate(residual):
-            jacobian = torch.stack([column[n] for column in columns] + [r])  # [P + 1, B, D]
+            columns = []
+            for state in student.states(schedule, base, [step for step, _, _ in directions], [n]):
+                for step, names, k in directions:
+                    if step == state.step:
+                        other = student.rollout(schedule, moved_by(best, step, names, k, nudge), state)
+                        columns.append((student.residual(other.finals[0], n) - r) / nudge)
+                        if n == 0:
+                            bar()
+            jacobian = torch.stack([*columns, r])  # [P + 1, B, D]
             jacobian = (jacobian * weight[n].unsqueeze(1)).flatten(1)
             parts.append(jacobian @ jacobian.T)
         normal = student.group.sum(parts)
@@ -64,6 +68,11 @@ def refine(
             break
         score, best, base = found, trial, rolled
     return best, score
+
+
+def step_for(dtype: torch.dtype) -> float:
+    """Step of finite differences for values of a type: in half precision smaller ones drown in rounding."""
+    return max(STEP, math.sqrt(torch.finfo(dtype).eps))
 
 
 def refinement_cost(student: Student, schedule: Schedule, coefficients: Coefficients) -> float:

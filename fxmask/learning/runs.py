@@ -23,19 +23,21 @@ def measure_runs(student: Student, level: Level, starts: int, bar: Callable[[], 
     steps = student.num_steps
     inner = [round(1 + k * (steps - 2) / max(1, starts - 1)) for k in range(starts)]
     tried = sorted({*inner, 1, 2, steps - 3, steps - 2, steps - 1} & set(range(1, steps)))
-    base = student.rollout(_stored(level, steps), keep=True)
-    table = torch.full((steps, MAX_RUN), math.inf, dtype=torch.float64)
-    for length in range(1, MAX_RUN + 1):
-        known = {}
-        for first in tried if length == 1 else [i for k, i in enumerate(tried) if k % 2 == 0 or i >= steps - 3]:
-            if first + length > steps:
-                continue
+    stored = _stored(level, steps)
+    base = student.rollout(stored, keep=True)
+    lengths = {first: MAX_RUN if k % 2 == 0 or first >= steps - 3 else 1 for k, first in enumerate(tried)}
+    known: dict[int, dict[int, float]] = {length: {} for length in range(1, MAX_RUN + 1)}
+    for state in student.states(stored, base, tried, range(len(student.trajectories))):
+        first = state.step
+        for length in range(1, min(lengths[first], steps - first) + 1):
             loads = tuple(level.loads if first <= i < first + length else frozenset() for i in range(steps))
-            rolled = student.rollout(Schedule(loads, level.history, level.samples), None, base, first)
-            known[first] = 10 ** (student.score(rolled) / 10)
+            rolled = student.rollout(Schedule(loads, level.history, level.samples), None, state)
+            known[length][first] = 10 ** (student.score(rolled) / 10)
             bar()
+    table = torch.full((steps, MAX_RUN), math.inf, dtype=torch.float64)
+    for length, errors in known.items():
         for i in range(1, steps - length + 1):
-            table[i, length - 1] = _between(known, i)
+            table[i, length - 1] = _between(errors, i)
     return table
 
 

@@ -26,6 +26,7 @@ import torch
 from fxmask.errors import InputError, OutcomeError
 from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.program import Program
+from fxmask.learning.adjoint import acts_by_element
 from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits, trimmed
 from fxmask.learning.effort import Effort, Limits
@@ -37,11 +38,13 @@ from fxmask.learning.levels import BENDS, Level, evenly, levels_of
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.outcome import TOLERANCE
+from fxmask.learning.pieces import split
 from fxmask.learning.place import place, place_mixed
 from fxmask.learning.place_blocks import place_blocks
 from fxmask.learning.prices import measure_latency, per_step
 from fxmask.learning.progress import Progress
 from fxmask.learning.ranks import Group
+from fxmask.learning.room import Room
 from fxmask.learning.schedule import Origin, Schedule
 from fxmask.learning.student import Student
 from fxmask.sampling.same_sampler import describe_difference
@@ -74,6 +77,8 @@ class Search:
         checkpoint: file of the journal.
         cost: what budgets are fractions of, ``"macs"`` or ``"latency"``.
         backend: what latencies are measured with.
+        room: how many bytes learning may take; without bound, if not given.
+        deployed: the program that will run, if that is another one than is learned from.
 
     Raises:
         InputError: the trajectories do not belong together, or are too few for the ranks.
@@ -91,6 +96,8 @@ class Search:
         checkpoint: str | Path | None = None,
         cost: str = "macs",
         backend: str = "inductor",
+        room: Room | None = None,
+        deployed: Program | None = None,
     ) -> None:
         _check_together(trajectories)
         group = Group.current()
@@ -98,11 +105,17 @@ class Search:
         for n, trajectory in enumerate(trajectories):
             forms.of_run(trajectory, n)
         training, held_out, judges = _shares(program, trajectories, group, seed)
-        student, judge = Student(program, training, group, forms), Student(program, held_out, judges, forms)
         self.effort = effort
         self.limits = limits
         self.seed = seed
         self.stochastic = any(t.stochastic for t in trajectories)
+        room = room or Room()
+        adjoints = self.stochastic and all(acts_by_element(t) for t in trajectories)
+        gradients = bool(effort.starts) or adjoints
+        training, places = split(training, forms, room, gradients=gradients, adjoints=adjoints)
+        held_out, held_places = split(held_out, forms, room, gradients=False, adjoints=False)
+        student = Student(program, training, group, forms, room, deployed, places)
+        judge = Student(program, held_out, judges, forms, room, deployed, held_places)
         self.progress = Progress(progress)
         options = seed, limits, effort, 2 if self.stochastic else 0, cost
         identity = identity_of(program, trajectories, (*options, backend)) if checkpoint is not None and group.rank == 0 else ""
@@ -111,8 +124,8 @@ class Search:
         self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed)
         self.student, self.judge = student, judge
         if cost == "latency":
-            seconds = self.measured.latency(backend, lambda: measure_latency(student.program, backend))
-            student.price_by(per_step(student.program, seconds))
+            seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
+            student.price_by(per_step(student.deployed, seconds))
         self.branches = self.measured.branches
         self.levels = levels_of(student, 2 if self.stochastic else 0)
         if effort.kinds:

@@ -14,7 +14,7 @@ differences of partial rollouts; there are only a few dozen coefficients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,14 @@ from fxmask.ir.combine import form
 from fxmask.ir.forecast import INPUT, Cache, Forecast, Slot, Source, slot_of
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
+from fxmask.ir.weights import detach_weights
 from fxmask.learning.costs import StepCosts
 from fxmask.learning.fit import second_moments, solve_ridge
 from fxmask.learning.forms import Forms
+from fxmask.learning.pieces import Place, kept_for_all_steps
 from fxmask.learning.ranks import Group
+from fxmask.learning.reversal import advances
+from fxmask.learning.room import Elsewhere, Room, peak_bytes, tensor_bytes, value_bytes
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse
 from fxmask.passes.cut_graph import CutGraph, cut_graph
 from fxmask.sampling.same_sampler import sampler_facts
@@ -44,13 +48,28 @@ class Rollout:
         finals: final samples of each trajectory, ``[B, ...]``.
         coefficients: those that were used.
         outputs: per trajectory the prediction of every call, in order.
-        stored: per trajectory and lane, what later steps may read.
     """
 
     finals: list[torch.Tensor]
     coefficients: dict[tuple[int, str], Terms]
     outputs: list[list[torch.Tensor]]
-    stored: list[dict[int, Cache]]
+
+
+@dataclass
+class State:
+    """Where a rollout is before a step, so that others can go on from there.
+
+    Attributes:
+        step: the step.
+        numbers: of the trajectories.
+        outputs: of each the predictions of all calls; those before the step count.
+        caches: of each, by lane, what this step and later ones may read.
+    """
+
+    step: int
+    numbers: Sequence[int]
+    outputs: Sequence[Sequence[torch.Tensor]]
+    caches: list[dict[int, Cache]]
 
 
 class Student:
@@ -61,6 +80,9 @@ class Student:
         trajectories: recorded runs of one sampler. With several ranks, this rank's share.
         group: of ranks that learn together.
         forms: the programs of all runs of all ranks; those of ``trajectories``, if not given.
+        room: how many bytes its values may take; without bound, if not given.
+        deployed: the program that will run, in a type of its own, if that is another one: prices and bounds are its.
+        places: where the trajectories come from, if they are pieces of recorded runs.
 
     Attributes:
         program: of the first call of all; costs are its costs.
@@ -69,19 +91,29 @@ class Student:
     """
 
     def __init__(
-        self, program: Program, trajectories: Sequence[Sampler], group: Group | None = None, forms: Forms | None = None
+        self,
+        program: Program,
+        trajectories: Sequence[Sampler],
+        group: Group | None = None,
+        forms: Forms | None = None,
+        room: Room | None = None,
+        deployed: Program | None = None,
+        places: Sequence[Place] | None = None,
     ) -> None:
         self.trajectories = list(trajectories)
+        self.places = places or [Place(n, 0, t.batch_size, t.batch_size) for n, t in enumerate(self.trajectories)]
         self.group = group or Group.single()
         first = self.trajectories[0]
         if any(t.timesteps != first.timesteps or t.order != first.order for t in self.trajectories):
             raise InputError("the trajectories have different timesteps; record all of them with one scheduler")
         forms = forms or Forms(program, self.trajectories)
         self.program = forms.base
+        self.deployed = deployed or self.program
         self.programs = [forms.of_run(trajectory, n) for n, trajectory in enumerate(self.trajectories)]
         self.num_steps = first.num_steps
         self.order = first.order
         self.units = 0.0
+        self.room = room or Room()
         self._graphs: dict[Any, CutGraph] = {}
         self._macs = StepCosts(self.program)
         self._costs = self._macs
@@ -98,7 +130,7 @@ class Student:
 
     def price_by(self, prices: Mapping[str, float]) -> None:
         """From now on nodes cost a step this much."""
-        self._costs = StepCosts(self.program, prices)
+        self._costs = StepCosts(self.deployed, prices)
 
     def computed(self, loads: frozenset[str]) -> frozenset[str]:
         """Blocks that a step with these loads computes."""
@@ -158,59 +190,206 @@ class Student:
         self,
         schedule: Schedule,
         coefficients: Coefficients | None = None,
-        base: Rollout | None = None,
-        start: int = 0,
+        start: State | None = None,
         keep: bool = False,
     ) -> Rollout:
         """Sample with the schedule.
 
+        Where no coefficients are fitted, one trajectory after the other, so that only one holds values at a time.
+
         Args:
             schedule: what each step forms.
             coefficients: how; those that are missing are fitted along the way.
-            base: a rollout with ``keep=True`` that agrees with this one before step ``start``.
-            start: the first step that is computed; outputs before it are taken from ``base``.
-            keep: whether to keep what later partial rollouts need.
+            start: go on from here, with these trajectories only, whose steps before it had the same values.
+            keep: whether to keep the outputs.
         """
-        loops = [t.loop() for t in self.trajectories]
+        first, numbers = (start.step, start.numbers) if start else (0, range(len(self.trajectories)))
         used: dict[tuple[int, str], Terms] = dict(coefficients or {})
-        outputs: list[list[torch.Tensor]] = [[] for _ in loops]
-        stored: list[dict[int, Cache]] = [{} for _ in loops]
-        if base is not None:
-            for mine, theirs in zip(stored, base.stored, strict=True):
-                for lane, cache in theirs.items():
-                    mine[lane] = {slot: value for slot, value in cache.items() if slot.step < start}
-        calls = [next(loop) for loop in loops]
+        fits = any((i, name) not in used for i in range(first, self.num_steps) for name in schedule.loads[i])
+        parts = [list(numbers)] if fits else [[n] for n in numbers]
         finals: list[torch.Tensor] = []
+        outputs: list[list[torch.Tensor]] = []
+        for part in parts:
+            caches = self._caches(schedule, part)
+            if start:
+                for n, lanes in zip(part, caches, strict=True):
+                    for lane, cache in start.caches[start.numbers.index(n)].items():
+                        mine = self._cache(lanes, lane)
+                        if isinstance(mine, Elsewhere) and isinstance(cache, Elsewhere):
+                            mine.share(cache)
+                        else:
+                            mine.update(cache)
+            given = [start.outputs[start.numbers.index(n)] for n in part] if start else None
+            walked = self._walk(schedule, used, part, caches, given, first)
+            try:
+                while True:
+                    next(walked)
+            except StopIteration as end:
+                made, kept = end.value
+            finals += made
+            outputs += kept if keep else []
+        return Rollout(finals, used, outputs)
+
+    @torch.no_grad()
+    def states(self, schedule: Schedule, base: Rollout, steps: Iterable[int], numbers: Sequence[int]) -> Iterator[State]:
+        """Where a rollout was before each of some steps, in order.
+
+        Its values are computed again from its outputs, so that only those are held which the next step may read: what a
+        rollout would have to keep grows with the number of steps. A state is good until the next one is asked for.
+
+        Args:
+            schedule: what each step forms.
+            base: its rollout, with ``keep=True``.
+            steps: first steps of others.
+            numbers: of trajectories.
+        """
+        wanted, caches = set(steps), self._caches(schedule, numbers)
+        outputs = [base.outputs[n] for n in numbers]
+        walked = self._walk(schedule, dict(base.coefficients), list(numbers), caches, outputs, self.num_steps, counted=False)
+        for step in walked:
+            if step in wanted:
+                yield State(step, list(numbers), outputs, caches)
+            if step >= max(wanted, default=0):
+                break
+        walked.close()
+
+    def _walk(
+        self,
+        schedule: Schedule,
+        used: dict[tuple[int, str], Terms],
+        numbers: Sequence[int],
+        caches: list[dict[int, Cache]],
+        given: Sequence[Sequence[torch.Tensor]] | None,
+        first: int,
+        counted: bool = True,
+    ) -> Generator[int, None, tuple[list[torch.Tensor], list[list[torch.Tensor]]]]:
+        """Sample some trajectories, and stop before each step.
+
+        Args:
+            schedule: what each step forms.
+            used: coefficients; what is fitted is added.
+            numbers: of the trajectories.
+            caches: of each; kept up.
+            given: outputs of all calls before step ``first``. If not ``counted`` these steps are computed nevertheless, for
+                the values in the caches.
+            first: the step from which on outputs are new.
+            counted: whether this is work that was not done before.
+
+        Returns:
+            Final samples, and the outputs of all calls, of each trajectory.
+        """
+        loops = [self.trajectories[n].loop() for n in numbers]
+        outputs: list[list[torch.Tensor]] = [[] for _ in loops]
+        finals: list[torch.Tensor] = []
+        calls = [next(loop) for loop in loops]
+        last = len(self.trajectories[0].calls[0]) - 1
         try:
             for position, (step, lane) in enumerate(self.order):
-                if step < start and base is not None:
-                    results = [kept[position] for kept in base.outputs]
-                else:
-                    caches = [s.setdefault(lane, {}) for s in stored]
-                    results = self._step(schedule, step, lane, calls, caches, used)
-                    if not keep and lane == len(self.trajectories[0].calls[step]) - 1:
-                        self._drop(schedule, step, stored)
-                if keep:
-                    for kept_outputs, result in zip(outputs, results, strict=True):
-                        kept_outputs.append(result)
+                if lane == 0:
+                    yield step
+                known = given is not None and step < first
+                if not known or not counted:
+                    if counted and 0 in numbers:
+                        self.count(schedule.loads[step])
+                    own = [self._cache(lanes, lane) for lanes in caches]
+                    results = self._step(schedule, step, lane, numbers, calls, own, used)
+                    if lane == last:
+                        self._drop(schedule, caches)
+                if known and given is not None:
+                    results = [theirs[position] for theirs in given]
+                for mine, result in zip(outputs, results, strict=True):
+                    mine.append(result)
                 calls, finals = _send(loops, results)
         finally:
             for loop in loops:
                 loop.close()
-        return Rollout(finals, used, outputs, stored)
+        return finals, outputs
+
+    def _caches(self, schedule: Schedule, numbers: Sequence[int]) -> list[dict[int, Cache]]:
+        """Empty caches of some trajectories that are rolled out together, with or without room for all their values.
+
+        Raises:
+            InputError: there is no room for those of one.
+        """
+        size = max(self.pass_bytes(n, False) + self._block_bytes(self.programs[n][0], schedule.formed) for n in numbers)
+        together = size + sum(self.live_bytes(schedule, n) for n in numbers)
+        if self.room.holds(together):
+            return [{} for _ in numbers]
+        self.room.require(size, f"one call of a batch of {max(self.trajectories[n].batch_size for n in numbers)}")
+        device = self.trajectories[numbers[0]].final.device
+        place = "files" if device.type == "cpu" else "host memory"
+        self.room.say(f"cached values of {len(numbers)} run(s) go to {place}, {together:,} bytes would be needed")
+        return [{lane: self.room.elsewhere(device) for lane in range(len(self.programs[n]))} for n in numbers]
+
+    def _cache(self, lanes: dict[int, Cache], lane: int) -> Cache:
+        return lanes.setdefault(lane, {})
+
+    @torch.no_grad()
+    def advance(
+        self,
+        schedule: Schedule,
+        position: int,
+        number: int,
+        call: Mapping[str, Any],
+        caches: dict[int, Cache],
+        used: dict[tuple[int, str], Terms],
+    ) -> None:
+        """Compute the values of one call of a trajectory again, into its caches."""
+        step, lane = self.order[position]
+        self._step(schedule, step, lane, [number], [call], [caches.setdefault(lane, {})], used)
+        self._drop(schedule, [caches])
+
+    # Bytes
+
+    def live_bytes(self, schedule: Schedule, number: int) -> int:
+        """Bytes of cached values of one trajectory that a step may read, at most; with several lanes, of all."""
+        cached, steps = self._cached(schedule), max(schedule.history, schedule.blend) + 1
+        return sum(steps * self._block_bytes(program, cached) for program in self.programs[number])
+
+    def _block_bytes(self, program: Program, names: Iterable[str]) -> int:
+        return sum(tensor_bytes(program.node(value).meta.get("val")) for b in names for value in program.block(b).values)
+
+    def pass_bytes(self, number: int, gradients: bool) -> int:
+        """Bytes of values in one call of a trajectory, with what a backward pass keeps or without."""
+        sizes = [_call_bytes(program) for program in dict.fromkeys(self.programs[number])]
+        return max(size[gradients] for size in sizes)
+
+    def states_kept(self, schedule: Schedule, number: int, directions: int) -> int:
+        """How many states a backward pass through a run may keep, besides the one at hand.
+
+        Raises:
+            InputError: there is no room for the least that it takes.
+        """
+        live = self.live_bytes(schedule, number)
+        most = len(self.order)
+        if self.room.size is None or not live:
+            return most
+        # the call itself, what its step may read twice (the state before and after), and adjoints of as much per direction
+        least = self.pass_bytes(number, True) + (2 + directions) * live + self._sample_bytes(number)
+        self.room.require(least, f"a backward pass through one call of a batch of {self.trajectories[number].batch_size}")
+        kept = min(most, (self.room.size - least) // live)
+        if kept < most:
+            again = advances(most, kept) / most
+            self.room.say(f"backward passes keep {kept} of {most} states, and compute each step {again:.1f} times")
+        return kept
+
+    def _sample_bytes(self, number: int) -> int:
+        """Bytes of what is kept for all steps besides the recording: predictions, samples, and derivatives by them."""
+        return kept_for_all_steps(self.trajectories[number])
 
     def _step(
         self,
         schedule: Schedule,
         step: int,
         lane: int,
+        numbers: Sequence[int],
         calls: Sequence[Mapping[str, Any]],
         caches: Sequence[Cache],
         used: dict[tuple[int, str], Terms],
     ) -> list[torch.Tensor]:
-        """One call of every trajectory."""
+        """One call of each of some trajectories."""
         loads = schedule.loads[step]
-        programs = [lanes[lane] for lanes in self.programs]
+        programs = [self.programs[n][lane] for n in numbers]
         inputs = [tensors_of(program, call) for program, call in zip(programs, calls, strict=True)]
         if schedule.samples:
             for program, cache, tensors in zip(programs, caches, inputs, strict=True):
@@ -219,7 +398,6 @@ class Student:
         if missing:
             used.update(self._fit(schedule, step, missing, programs, inputs, caches))
         results = []
-        self.count(loads)
         for program, tensors, cache in zip(programs, inputs, caches, strict=True):
             graph = self.cut(program, schedule, step)
             formed = [formed_value(block, i, used[step, block], cache) for block, i in graph.load]
@@ -286,7 +464,7 @@ class Student:
             fitted[step, name] = solve_ridge(moment, sources[name])
         return fitted
 
-    def _drop(self, schedule: Schedule, step: int, stored: list[dict[int, Cache]]) -> None:
+    def _drop(self, schedule: Schedule, stored: Sequence[dict[int, Cache]]) -> None:
         """Forget what no forecast of a later step can read."""
         for caches in stored:
             for cache in caches.values():
@@ -299,16 +477,18 @@ class Student:
     def _graph(self, program: Program, loads: frozenset[str], live_out: tuple[str, ...]) -> CutGraph:
         key = program, loads, live_out
         if key not in self._graphs:
-            self._graphs[key] = cut_graph(program, loads, live_out)
+            graph = cut_graph(program, loads, live_out)
+            detach_weights(graph.step_graph.graph_module)  # nobody wants their gradients, which take memory and time
+            self._graphs[key] = graph
         return self._graphs[key]
 
     def count(self, loads: frozenset[str]) -> None:
         """Count the work of one call of every trajectory; alike on every rank, whatever its share."""
         self.units += self._macs.cost(loads) / len(self.order)
 
-    def first_trajectory(self) -> int:
-        """Number of this rank's first trajectory among those of all ranks: random numbers must not depend on the ranks."""
-        counts = self.group.gather([torch.tensor(len(self.trajectories))])
+    def first_run(self) -> int:
+        """Number of this rank's first recorded run among those of all ranks: random numbers must not depend on the ranks."""
+        counts = self.group.gather([torch.tensor(1 + self.places[-1].run)])
         return int(sum(counts[: self.group.rank]))
 
     # Errors
@@ -342,14 +522,15 @@ class Student:
 
     def score_of(self, others: Sequence[Sampler]) -> float:
         """Score of other trajectories, from the same noise, as if they were rollouts."""
-        return self.score(Rollout([t.final for t in others], {}, [], []))
+        return self.score(Rollout([t.final for t in others], {}, []))
 
     def residuals(self, rollout: Rollout) -> list[torch.Tensor]:
         """Errors of the final samples, float64 ``[B, D]`` per trajectory."""
-        return [
-            (final.double() - t.final.double()).flatten(1).cpu()
-            for final, t in zip(rollout.finals, self.trajectories, strict=True)
-        ]
+        return [self.residual(final, n) for n, final in enumerate(rollout.finals)]
+
+    def residual(self, final: torch.Tensor, number: int) -> torch.Tensor:
+        """Errors of the final samples of one trajectory, float64 ``[B, D]``."""
+        return (final.double() - self.trajectories[number].final.double()).flatten(1).cpu()
 
     def weights(self, rollout: Rollout) -> list[torch.Tensor]:
         """Per trajectory the weight ``[B]`` of every image: that of a small error counts as much as that of a large one."""
@@ -390,3 +571,10 @@ def _send(loops: Sequence[Loop], results: Sequence[torch.Tensor]) -> tuple[list[
 def output_blocks(program: Program) -> tuple[Block, ...]:
     """The block of the whole output, if there is one."""
     return tuple(block for block in program.blocks if block.kind == "output")
+
+
+@functools.lru_cache(maxsize=64)
+def _call_bytes(program: Program) -> tuple[int, int]:
+    """Bytes of values in a call at once: without gradients, and with what a backward pass keeps."""
+    graph = program.graph_module.graph
+    return peak_bytes(graph), value_bytes(graph) + peak_bytes(graph)

@@ -70,6 +70,22 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class ChangesType(Protocol):
+    """A sampler that can be recorded again, from the same noise, with a model in another type."""
+
+    def in_type(self, model: torch.nn.Module, dtype: torch.dtype) -> Sampler:
+        """The same run of a model whose type is ``dtype``."""
+
+
+@runtime_checkable
+class Splits(Protocol):
+    """A sampler whose batch can be taken apart."""
+
+    def rows(self, first: int, end: int) -> Sampler | None:
+        """Some of the samples of the batch, as runs of their own, if they do not depend on the others."""
+
+
+@runtime_checkable
 class ChangesSteps(Protocol):
     """A sampler that can take another number of steps from the same start, like one recorded from a scheduler alone."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import pytree
 from fxmask.errors import InputError
 from fxmask.frontend.examples import ExampleInputs, example_call, resolve_conditioning
 from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
@@ -73,6 +74,42 @@ class Trajectory(Recording):
         start = torch.Generator().manual_seed(0)
         sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, start)
         return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
+
+    @torch.no_grad()
+    def in_type(self, model: torch.nn.Module, dtype: torch.dtype) -> Trajectory:
+        """The same start, conditioning and noise, recorded with a model in a type of more precision.
+
+        Args:
+            model: the denoiser in that type.
+            dtype: the type; tensors that have more precision keep it.
+        """
+
+        def wide(x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x
+
+        call, tapes = pytree.tree_map_only(torch.Tensor, wide, (dict(self.calls[0][0]), self.noises))
+        start = wide(self.initial_noise) / float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
+        sampled = _sample(model, scheduler, call, signature, start, self.step_kwargs, torch.Generator(), tapes)
+        return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
+
+    def rows(self, first: int, end: int) -> Trajectory | None:
+        """Some of the samples of the batch, as runs of their own; ``None`` if the sampler is not one for each sample alone.
+
+        Whether the denoiser is, only the denoiser can tell.
+        """
+        count = self.batch_size
+
+        def part(x: torch.Tensor) -> torch.Tensor:
+            return x[first:end] if x.dim() and len(x) == count else x
+
+        names = ("calls", "outputs", "initial_noise", "noises", "final")
+        parts = pytree.tree_map_only(torch.Tensor, part, {name: getattr(self, name) for name in names})
+        piece = replace(self, **parts)
+        outputs = iter([output for step in piece.outputs for output in step])
+        with torch.no_grad():
+            again = piece.rollout(lambda **_call: next(outputs))
+        return piece if torch.allclose(again, piece.final, rtol=1e-4, atol=1e-5) else None
 
     @torch.no_grad()
     def renoised(self, model: torch.nn.Module, seed: int) -> Trajectory:

@@ -97,8 +97,10 @@ def test_partial_rollouts_are_whole_ones(dit):
     base = student.rollout(schedule, keep=True)
     terms = {key: value for key, value in base.coefficients.items() if key[0] >= 5}
     moved = {**base.coefficients, **{key: tuple((s, 1.1 * c) for s, c in value) for key, value in terms.items()}}
-    whole, part = student.rollout(schedule, moved), student.rollout(schedule, moved, base, 5)
-    assert all(torch.equal(a, b) for a, b in zip(whole.finals, part.finals, strict=True))
+    whole = student.rollout(schedule, moved)
+    for numbers in ([0, 1], [1]):
+        (part,) = (student.rollout(schedule, moved, state) for state in student.states(schedule, base, [5], numbers))
+        assert all(torch.equal(whole.finals[n], final) for n, final in zip(numbers, part.finals, strict=True))
 
 
 def test_fitted_forecast_beats_reuse_and_refinement_beats_both(dit):

@@ -34,6 +34,7 @@ def learn_paper(
     seed: int,
     progress: bool,
     options: PaperOptions,
+    deployed: Program | None = None,
 ) -> Mask:
     """The paper's mask ``[T, branches]`` for an outcome. Ctrl-C keeps what was learned so far.
 
@@ -45,6 +46,7 @@ def learn_paper(
         seed: of the scores' start.
         progress: show a progress bar.
         options: hyper-parameters.
+        deployed: the program that will run, if that is another one than is learned from.
 
     Raises:
         OutcomeError: the outcome is out of reach, or its plan caches more than ``limits`` allow; says what is reachable.
@@ -66,7 +68,7 @@ def learn_paper(
         mask = _meet_error(program, calls, scores, budget, outcome.max_error, limits.max_graphs, seed)
     else:
         mask = _mask(program, calls, budget.project(scores.rank, outcome.budget, limits.max_graphs, seed))
-    peak = rectify(program, mask).peak_cache_bytes
+    peak = rectify(deployed or program, mask).peak_cache_bytes
     if limits.max_cache_bytes is not None and peak > limits.max_cache_bytes:
         raise OutcomeError(
             f"the mask of learner='paper' caches {peak} bytes at once, and max_cache_bytes={limits.max_cache_bytes}; allow "

@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fxmask.ir.program import Program
+from fxmask.ir.weights import detach_weights
 from fxmask.learning.paper.options import PaperOptions
 from fxmask.passes.insert_soft_mask import SoftGraph, insert_soft_mask
 from fxmask.sampling.sampler import Sampler
@@ -64,6 +65,7 @@ def step_weights(calls: Sampler) -> torch.Tensor:
 def learn_scores(program: Program, calls: Sampler, budget: float, seed: int, progress: bool, options: PaperOptions) -> Scores:
     """Scores ``[T, B]`` of the branch blocks, by gradient descent on the paper's per-step loss."""
     soft = insert_soft_mask(program, program.branches)
+    detach_weights(soft.graph_module)
     device = calls.initial_noise.device
     count = calls.num_steps, len(soft.blocks)
     start = torch.rand(count, generator=torch.Generator().manual_seed(seed))  # random sampling, the paper's Table 4
