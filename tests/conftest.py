@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import fxmask
+from fxmask.backends import BACKENDS, Backend
+from fxmask.backends.eager import Eager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are tiny, and several workers share the machine
@@ -141,3 +143,9 @@ def dit_program(dit_trajectory: tuple[torch.nn.Module, fxmask.Trajectory]) -> fx
 def every_other(program: fxmask.Program, timesteps: tuple[float, ...] = TIMESTEPS) -> fxmask.Mask:
     """Compute all branches at even steps."""
     return fxmask.policies.interval(2)(program, timesteps)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Graphs that run eagerly are given the timestep's table, as compiled ones are."""
+    monkeypatch.setitem(BACKENDS, "eager", Backend({"whole": Eager}))

@@ -394,7 +394,7 @@ MUTATIONS = [
         "                and list(map(_dtype_of, self.tensors)) == self._types\n"
         "                and list(map(torch.Tensor.data_ptr, self._addressed)) == self._addresses\n",
         "",
-        ("guards/test_state.py::test_random_states_and_actions", *GUARDS),
+        ("guards/test_state.py::test_the_type_of_a_weight_is_part_of_a_graph", *GUARDS),
     ),
     Mutation(
         "guards: arrays are not compared",
@@ -436,7 +436,7 @@ MUTATIONS = [
         "fxmask/guards/ambient.py",
         "stack.enter_context(torch.autocast(device, enabled=False))",
         "pass",
-        ("guards/test_calls.py::test_autocast", *GUARDS),
+        ("guards/test_calls.py::test_a_part_without_autocast_inside_of_it", *GUARDS),
     ),
     Mutation(
         "guards: gradients are dropped",
@@ -485,7 +485,7 @@ MUTATIONS = [
         "fxmask/guards/values.py",
         "    if isinstance(value, PLAIN):\n        return (type(value), value)\n",
         "    return (type(value), repr(value))\n",
-        ("guards/test_calls.py::test_values_are_compared_by_value", *GUARDS),
+        ("guards/test_calls.py::test_values_that_look_alike_are_told_apart", *GUARDS),
     ),
     Mutation(
         "guards: objects with tensors are not opened",

@@ -266,7 +266,7 @@ def test_adapters_are_seen():
 
 
 @torch.no_grad()
-def test_adapter_strength_may_change_in_the_middle_of_a_run():
+def test_adapter_strength_may_change_in_the_middle_of_a_run(tables):
     torch.manual_seed(0)
     model, calls = TinyTransformer().eval(), make_calls()
     accelerated = accelerate(model, calls[0])
@@ -275,6 +275,30 @@ def test_adapter_strength_may_change_in_the_middle_of_a_run():
             if k == 2:
                 model.embed.weight.mul_(-3.0)  # the table of the timestep is made of it
             torch.testing.assert_close(accelerated(**call), model(**call))
+
+
+@torch.no_grad()
+def test_the_type_of_a_weight_is_part_of_a_graph():
+    """The parameter stays the object that it was; compiled code would read the memory of the new type as the old one."""
+
+    class Scaled(TinyTransformer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.linspace(1, 2, 4))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, t) * self.gain
+
+    torch.manual_seed(0)
+    model, calls = Scaled().eval(), make_calls()
+    program = fxmask.capture(model, calls[0])
+    accelerated = fxmask.compile(program, fxmask.rectify(program, fxmask.Mask.ones(program, TIMESTEPS)), backend="inductor")
+    torch.testing.assert_close(accelerated(**calls[0]), model(**calls[0]))
+    model.gain.data = model.gain.data.double()
+    for call in calls[:2]:
+        got, wanted = accelerated(**call), model(**call)
+        assert wanted.dtype == torch.float64  # though most of it was computed in float32
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
