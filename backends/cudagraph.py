@@ -80,6 +80,11 @@ class CudaGraphs:
         self._capturer = capturer or CudaCapturer()
         self._lock = threading.Lock()  # captured graphs share their memory: one runs at a time
 
+    @property
+    def layouts(self) -> Any:
+        """The weights that the inner compiler laid out, if it did."""
+        return getattr(self._inner, "layouts", None)
+
     def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """See all step graphs of a plan before the first of them is compiled."""
         self._inner.prepare(graph_modules)
@@ -106,6 +111,9 @@ class _Captured:
             if self._replay is None:
                 self._inputs = [x.clone() for x in arguments]
                 self._replay, self._outputs = self._capturer.record(self._run, self._inputs)
+            before = getattr(self._run, "before", None)
+            if before is not None:  # Python that is in no recording: weights that changed are laid out again
+                before()
             for static, x in zip(self._inputs, arguments, strict=True):
                 static.copy_(x, non_blocking=True)
             self._replay()

@@ -582,8 +582,8 @@ MUTATIONS = [
     Mutation(
         "forms: every lane has the first one's",
         "fxmask/learning/student.py",
-        "        programs = [lanes[lane] for lanes in self.programs]\n",
-        "        programs = [lanes[0] for lanes in self.programs]\n",
+        "        programs = [self.programs[n][lane] for n in numbers]\n",
+        "        programs = [self.programs[n][0] for n in numbers]\n",
         ("learning/test_forms.py",),
     ),
     # Recording

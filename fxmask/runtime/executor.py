@@ -60,6 +60,9 @@ class Executor:
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
         """What can be computed before the first step of a run, for ``run_step``."""
+        layouts = getattr(self.graphs.compiler, "layouts", None)
+        if layouts is not None:  # weights may have been written to without a trace since the last run
+            layouts.refresh()
         return self.prologues.begin(tensors)
 
     @property

@@ -94,6 +94,33 @@ def test_weights_changed_in_place_are_seen(capturer):
     assert capturer.recorded == captured
 
 
+def test_copies_of_weights_are_brought_up_to_date(tiny, monkeypatch):
+    """A recording reads copies of weights that were laid out; no Python of the inner compiler runs in a replay."""
+    events = []
+
+    class Layouts:
+        def refresh(self) -> None:
+            events.append("refresh")
+
+    class Following(Eager):
+        layouts = Layouts()
+
+        def compile(self, graph_module):
+            def run(*arguments):
+                return graph_module(*arguments)
+
+            run.before = lambda: events.append("before")
+            return run
+
+    made = lambda: CudaGraphs(Following(), FakeRecorder())  # noqa: E731
+    monkeypatch.setitem(BACKENDS, "cudagraph", Backend({"whole": made}, exact=True))
+    accelerated = fxmask.compile(tiny, fxmask.rectify(tiny, every_other(tiny)), backend="cudagraph")
+    for _ in range(2):
+        with accelerated.generation():
+            [accelerated(**call) for call in make_calls()]
+    assert events == ["refresh", *["before"] * len(TIMESTEPS)] * 2
+
+
 def test_without_a_gpu_it_says_so(tiny):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
