@@ -142,9 +142,28 @@ class _Generated(Exception):
     """The code is there; nothing is to be loaded or run."""
 
 
+def _forget_answers() -> None:
+    """What PyTorch has remembered of the devices that were there, in either world, is asked again."""
+    from torch.utils import _triton
+
+    for question in vars(_triton).values():
+        if hasattr(question, "cache_clear"):
+            question.cache_clear()
+
+
 @contextlib.contextmanager
 def inductor_for_gpu() -> Iterator[None]:
     """Inside, Inductor generates code for an H100 and asks nothing of a real one."""
+    _forget_answers()
+    try:
+        with _inductor_for_gpu():
+            yield
+    finally:
+        _forget_answers()
+
+
+@contextlib.contextmanager
+def _inductor_for_gpu() -> Iterator[None]:
     from torch._inductor import config
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
