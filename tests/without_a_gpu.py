@@ -154,23 +154,16 @@ def _forget_answers() -> None:
 @contextlib.contextmanager
 def inductor_for_gpu() -> Iterator[None]:
     """Inside, Inductor generates code for an H100 and asks nothing of a real one."""
-    _forget_answers()
-    try:
-        with _inductor_for_gpu():
-            yield
-    finally:
-        _forget_answers()
-
-
-@contextlib.contextmanager
-def _inductor_for_gpu() -> Iterator[None]:
     from torch._inductor import config
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
     from torch._inductor.runtime import triton_helpers
 
     before = triton.runtime.driver._active if hasattr(triton.runtime.driver, "_active") else None
-    with gpu(), contextlib.ExitStack() as stack:
+    _forget_answers()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_forget_answers)  # the last thing, when nothing answers as an H100 any more
+        stack.enter_context(gpu())
         # passes that trace patterns on real CUDA tensors, autotuning, and the driver's own start
         stack.enter_context(mock.patch.object(fuse_attention, "_get_sfdp_patterns", lambda *a, **k: []))
         stack.enter_context(mock.patch.object(pad_mm, "_pad_mm_init", lambda *a, **k: None))

@@ -141,8 +141,8 @@ def live_alone(program: Program, plan: Plan, step: int) -> fx.GraphModule:
 
 def steps_of(plan: Plan) -> list[int]:
     """Steps with different graphs: those that compute least and most, of those that skip something."""
-    firsts = {step.graph: i for i, step in reversed(list(enumerate(plan.steps))) if step.graph >= 0 and step.load}
-    by_work = sorted(firsts.values(), key=lambda i: plan.steps[i].macs)
+    skipping = [i for i in plan.first_steps.values() if plan.steps[i].load]
+    by_work = sorted(skipping, key=lambda i: plan.steps[i].macs)
     return [by_work[k * (len(by_work) - 1) // max(1, OTHERS - 1)] for k in range(min(OTHERS, len(by_work)))]
 
 

@@ -182,6 +182,7 @@ FULL: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any] | None]], int
 def computed(name: str) -> dict[str, Any]:
     """Bytes of one full-size model in float32, at batch 1."""
     import fxmask
+    from fxmask.ir.graph import value_bytes
     from fxmask.learning.pieces import least_bytes
     from fxmask.learning.room import tensor_bytes
 
@@ -189,7 +190,7 @@ def computed(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model, call = make()
         program = fxmask.capture(model.eval(), call)
-    values = sum(tensor_bytes(program.node(v).meta["val"]) for b in program.branches for v in b.values)
+    values = sum(value_bytes(program.node(v)) for b in program.branches for v in b.values)
     sample = tensor_bytes(program.example.sample)
     parts = {"forward": (False, False), "gradients": (True, False), "adjoints": (True, True)}
     least = {part: least_bytes(program, gradients=g, adjoints=a) for part, (g, a) in parts.items()}

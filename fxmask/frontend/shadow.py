@@ -19,7 +19,7 @@ import torch
 
 from fxmask._torch import COMPILED_CALL, HELD, forget_compiled_call, uncompiled
 from fxmask.guards.code import is_foreign
-from fxmask.guards.state import slots_of
+from fxmask.guards.values import slots_of
 
 SHARED = (
     *(type(None), bool, int, float, complex, str, bytes, type, torch.Tensor, torch.dtype, torch.device, torch.Size),

@@ -47,18 +47,21 @@ class Ambient(NamedTuple):
 
     def graph_mode(self) -> contextlib.AbstractContextManager[Any]:
         """How a graph that was captured so runs: autocast is in it, as casts."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        for device in AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        return stack
+        return contextlib.nullcontext() if self.autocast is None else without_autocast()
 
     def differences(self, other: Ambient) -> list[str]:
         """What is different, in words."""
         pairs = zip(self._fields, self, other, strict=True)
         return [f"{name.replace('_', ' ')} was {a}, is {b}" for name, a, b in pairs if a != b]
+
+
+def without_autocast() -> contextlib.ExitStack:
+    """Nothing is cast from here on, until it is closed."""
+    stack = contextlib.ExitStack()
+    for device in AUTOCAST_DEVICES:
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def needs_gradients(tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -26,6 +26,7 @@ import torch
 from fxmask._torch import HELD, HOOKS, MODULE_INTERNALS, OpOverload, OpOverloadPacket, own_tensors_by_name
 from fxmask.guards.check import Held, users_global_hooks
 from fxmask.guards.code import ReachedCode, functions_in, is_foreign, names_read
+from fxmask.guards.values import slots_of
 
 MOST_OBJECTS = 100_000  # that are looked at; a model that holds more holds something that is no part of it
 ALWAYS_READ = frozenset({"training", "forward"})  # by PyTorch itself
@@ -362,13 +363,6 @@ def _reached_code(model: torch.nn.Module) -> ReachedCode:
 def _change(path: str, before: Any, now: Any) -> Change:
     both = before is not None and now is not None and before[0] == now[0] == "tensor"
     return Change(path, _text(before), _text(now), both and before[1] != now[1])
-
-
-def slots_of(cls: type) -> tuple[str, ...]:
-    """Names of the attributes that a class itself keeps in slots."""
-    slots = vars(cls).get("__slots__", ())
-    slots = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(n for n in slots if n not in ("__dict__", "__weakref__"))
 
 
 def _text(token: Any) -> str:

@@ -69,10 +69,15 @@ def state_of(value: Any) -> dict[str, Any] | None:
         return None
     state = dict(getattr(value, "__dict__", {}))
     for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        names = (slots,) if isinstance(slots, str) else slots
-        state.update({n: getattr(value, n) for n in names if n not in ("__dict__", "__weakref__") and hasattr(value, n)})
+        state.update({n: getattr(value, n) for n in slots_of(cls) if hasattr(value, n)})
     return state or None
+
+
+def slots_of(cls: type) -> tuple[str, ...]:
+    """Names of the attributes that a class itself keeps in slots."""
+    slots = vars(cls).get("__slots__", ())
+    slots = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(n for n in slots if n not in ("__dict__", "__weakref__"))
 
 
 def text_of(value: Any) -> str:

@@ -86,6 +86,11 @@ class Plan:
         return len({step.graph for step in self.steps[self.start :]})
 
     @property
+    def first_steps(self) -> dict[int, int]:
+        """The first step of each distinct graph, by the graph's index."""
+        return {step.graph: i for i, step in reversed(list(enumerate(self.steps))) if step.graph >= 0}
+
+    @property
     def kept_per_step(self) -> tuple[float, ...]:
         """Share of the full MACs that each step still computes."""
         return tuple(macs / max(1, self.full_macs) for macs in self.macs_per_step)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from fxmask.ir.graph import value_bytes
 from fxmask.ir.program import Program
 from fxmask.learning.forms import Forms
-from fxmask.learning.room import Room, peak_bytes, tensor_bytes, value_bytes
+from fxmask.learning.room import Room, all_bytes, peak_bytes, tensor_bytes
 from fxmask.sampling.sampler import Sampler, Splits
 
 logger = logging.getLogger(__name__)
@@ -106,8 +107,8 @@ def least_bytes(program: Program, *, gradients: bool, adjoints: bool) -> int:
     """Bytes that one call of a program takes at least while learning from it, at its batch."""
     graph = program.graph_module.graph
     branches = [value for block in program.branches for value in block.values]
-    held = sum(tensor_bytes(program.node(value).meta.get("val")) for value in branches)
+    held = sum(value_bytes(program.node(value)) for value in branches)
     if not gradients and not adjoints:
         return peak_bytes(graph) + held
-    backward = peak_bytes(graph) + value_bytes(graph)
+    backward = peak_bytes(graph) + all_bytes(graph)
     return backward + ((2 + DIRECTIONS) * SLOTS * held if adjoints else 0)

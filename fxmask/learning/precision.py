@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from fxmask._torch import COMPILED_CALL, exact_float32
+from fxmask._torch import exact_float32, forget_compiled_call
 from fxmask.errors import InputError
 from fxmask.frontend.capture import capture
 from fxmask.frontend.modules import module_dtype
+from fxmask.guards.ambient import without_autocast
 from fxmask.ir.program import Program
 from fxmask.ir.weights import named_tensors
 from fxmask.learning.room import Room, tensor_bytes
@@ -26,7 +27,6 @@ from fxmask.sampling.sampler import ChangesType, Sampler
 
 logger = logging.getLogger(__name__)
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AUTOCAST = ("cpu", "cuda")
 
 
 def check_learn_dtype(dtype: Any) -> torch.dtype:
@@ -44,11 +44,7 @@ def check_learn_dtype(dtype: Any) -> torch.dtype:
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
     """Float32 is what it says inside, and nothing is cast on the way; put back at the end, also after an error."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(exact_float32())
-        for device in AUTOCAST:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+    with exact_float32(), without_autocast():
         yield
 
 
@@ -124,7 +120,7 @@ def wide_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         memo[id(tensor)] = torch.nn.Parameter(made, False) if isinstance(tensor, torch.nn.Parameter) else made
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
-        module.__dict__[COMPILED_CALL] = None
+        forget_compiled_call(module)
     return copied
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import fx
 
 from fxmask.ir.forecast import Slot
+from fxmask.ir.graph import value_bytes
 from fxmask.ir.interpret import interpret
 from fxmask.ir.program import Program
 from fxmask.learning.pieces import Place, drawn_for
-from fxmask.learning.room import Room, peak_bytes, tensor_bytes, value_bytes
+from fxmask.learning.room import Room, all_bytes, peak_bytes
 from fxmask.learning.student import Student, per_image, tensors_of
 from fxmask.sampling.sampler import Sampler
 
@@ -71,9 +72,9 @@ def _probes_of(
     values = {value: b for b, name in enumerate(blocks) for value in program.block(name).values}
     window: list[MutableMapping[Slot, torch.Tensor]] = []  # values of the latest steps, this one last
     graph = program.graph_module.graph
-    least = value_bytes(graph) + peak_bytes(graph)
+    least = all_bytes(graph) + peak_bytes(graph)
     room.require(least, f"a backward pass through one call of a batch of {trajectory.batch_size}")
-    held = (MAX_AGE + 1) * sum(tensor_bytes(program.node(value).meta.get("val")) for value in values)
+    held = (MAX_AGE + 1) * sum(value_bytes(program.node(value)) for value in values)
     if not room.holds(least + held):
         room.say("values of earlier steps that probes compare with go elsewhere")
     images = trajectory.batch_size

@@ -24,6 +24,7 @@ from torch import fx
 
 from fxmask.errors import InputError
 from fxmask.ir.forecast import Slot
+from fxmask.ir.graph import is_view
 
 logger = logging.getLogger(__name__)
 SHARE = 0.5  # of what is free
@@ -209,7 +210,7 @@ def _group_rooms() -> Iterator[int]:
             continue
 
 
-def value_bytes(graph: fx.Graph) -> int:
+def all_bytes(graph: fx.Graph) -> int:
     """Bytes of all values that a graph makes, views of others aside: a bound of what a backward pass through it keeps."""
     return sum(map(node_bytes, graph.nodes))
 
@@ -228,7 +229,7 @@ def peak_bytes(graph: fx.Graph) -> int:
     users: dict[fx.Node, int] = {}
     now = most = 0
     for node in graph.nodes:
-        owner = owners[node] = owners.get(_viewed(node) or node, node)
+        owner = owners[node] = owners[node.all_input_nodes[0]] if is_view(node) else node
         users[owner] = users.get(owner, 0) + 1
         if owner is node:
             held[node] = node_bytes(node)
@@ -244,7 +245,7 @@ def peak_bytes(graph: fx.Graph) -> int:
 
 def node_bytes(node: fx.Node) -> int:
     """Bytes of a computed value; 0 for arguments, weights and views."""
-    if node.op != "call_function" or _viewed(node) is not None:
+    if node.op != "call_function" or is_view(node):
         return 0
     value = node.meta.get("val")
     return sum(tensor_bytes(x) for x in (value if isinstance(value, (list, tuple)) else [value]))
@@ -253,12 +254,3 @@ def node_bytes(node: fx.Node) -> int:
 def tensor_bytes(x: Any) -> int:
     """Bytes of a tensor; 0 for anything else."""
     return int(x.numel()) * x.element_size() if isinstance(x, torch.Tensor) else 0
-
-
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """What a value is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not node.args or not isinstance(node.args[0], fx.Node) or not schema.arguments:
-        return None
-    alias = schema.arguments[0].alias_info
-    return node.args[0] if alias is not None and not alias.is_write else None

@@ -24,6 +24,7 @@ from fxmask.errors import InputError
 from fxmask.ir.block import Block
 from fxmask.ir.combine import form
 from fxmask.ir.forecast import INPUT, Cache, Forecast, Slot, Source, slot_of
+from fxmask.ir.graph import value_bytes
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.ir.weights import detach_weights
@@ -33,7 +34,7 @@ from fxmask.learning.forms import Forms
 from fxmask.learning.pieces import Place, kept_for_all_steps
 from fxmask.learning.ranks import Group
 from fxmask.learning.reversal import advances
-from fxmask.learning.room import Elsewhere, Room, peak_bytes, tensor_bytes, value_bytes
+from fxmask.learning.room import Elsewhere, Room, all_bytes, peak_bytes
 from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse
 from fxmask.passes.cut_graph import CutGraph, cut_graph
 from fxmask.sampling.same_sampler import sampler_facts
@@ -214,7 +215,7 @@ class Student:
             if start:
                 for n, lanes in zip(part, caches, strict=True):
                     for lane, cache in start.caches[start.numbers.index(n)].items():
-                        mine = self._cache(lanes, lane)
+                        mine = lanes.setdefault(lane, {})
                         if isinstance(mine, Elsewhere) and isinstance(cache, Elsewhere):
                             mine.share(cache)
                         else:
@@ -291,7 +292,7 @@ class Student:
                 if not known or not counted:
                     if counted and 0 in numbers:
                         self.count(schedule.loads[step])
-                    own = [self._cache(lanes, lane) for lanes in caches]
+                    own = [lanes.setdefault(lane, {}) for lanes in caches]
                     results = self._step(schedule, step, lane, numbers, calls, own, used)
                     if lane == last:
                         self._drop(schedule, caches)
@@ -321,9 +322,6 @@ class Student:
         self.room.say(f"cached values of {len(numbers)} run(s) go to {place}, {together:,} bytes would be needed")
         return [{lane: self.room.elsewhere(device) for lane in range(len(self.programs[n]))} for n in numbers]
 
-    def _cache(self, lanes: dict[int, Cache], lane: int) -> Cache:
-        return lanes.setdefault(lane, {})
-
     @torch.no_grad()
     def advance(
         self,
@@ -347,7 +345,7 @@ class Student:
         return sum(steps * self._block_bytes(program, cached) for program in self.programs[number])
 
     def _block_bytes(self, program: Program, names: Iterable[str]) -> int:
-        return sum(tensor_bytes(program.node(value).meta.get("val")) for b in names for value in program.block(b).values)
+        return sum(value_bytes(program.node(value)) for b in names for value in program.block(b).values)
 
     def pass_bytes(self, number: int, gradients: bool) -> int:
         """Bytes of values in one call of a trajectory, with what a backward pass keeps or without."""
@@ -365,17 +363,13 @@ class Student:
         if self.room.size is None or not live:
             return most
         # the call itself, what its step may read twice (the state before and after), and adjoints of as much per direction
-        least = self.pass_bytes(number, True) + (2 + directions) * live + self._sample_bytes(number)
+        least = self.pass_bytes(number, True) + (2 + directions) * live + kept_for_all_steps(self.trajectories[number])
         self.room.require(least, f"a backward pass through one call of a batch of {self.trajectories[number].batch_size}")
         kept = min(most, (self.room.size - least) // live)
         if kept < most:
             again = advances(most, kept) / most
             self.room.say(f"backward passes keep {kept} of {most} states, and compute each step {again:.1f} times")
         return kept
-
-    def _sample_bytes(self, number: int) -> int:
-        """Bytes of what is kept for all steps besides the recording: predictions, samples, and derivatives by them."""
-        return kept_for_all_steps(self.trajectories[number])
 
     def _step(
         self,
@@ -577,4 +571,4 @@ def output_blocks(program: Program) -> tuple[Block, ...]:
 def _call_bytes(program: Program) -> tuple[int, int]:
     """Bytes of values in a call at once: without gradients, and with what a backward pass keeps."""
     graph = program.graph_module.graph
-    return peak_bytes(graph), value_bytes(graph) + peak_bytes(graph)
+    return peak_bytes(graph), all_bytes(graph) + peak_bytes(graph)

@@ -33,7 +33,7 @@ def compare_steps(executor: Executor, agrees: Agrees) -> None:
     eager = Executor(executor.plan, GraphStore(executor.program, "eager"))
     example = list(executor.program.example.tensors.values())
     rows, eager_rows = executor.begin(example), eager.begin(example)
-    for step in executor.first_steps:
+    for step in sorted(executor.plan.first_steps.values()):
         cache = {slot: _made_up(executor, slot, k) for k, slot in enumerate(executor.slots(step))}
         tensors = _at_step(executor, step)
         got = _run(executor, step, tensors, cache, rows)

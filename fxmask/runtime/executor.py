@@ -126,13 +126,9 @@ class Executor:
         """Compile every distinct graph now, by running it once on the captured call with blank caches."""
         tensors = list(self.program.example.tensors.values())
         rows = self.begin(tensors)
-        for step in tqdm(self.first_steps, desc="compiling step graphs", unit="graph", disable=not progress):
+        first = sorted(self.plan.first_steps.values())
+        for step in tqdm(first, desc="compiling step graphs", unit="graph", disable=not progress):
             self.run_step(step, tensors, {slot: self.blank(slot) for slot in self.slots(step)}, rows)
-
-    @property
-    def first_steps(self) -> list[int]:
-        """The first step of each distinct graph."""
-        return sorted({step.graph: i for i, step in reversed(list(enumerate(self.plan.steps))) if step.graph >= 0}.values())
 
     def slots(self, step: int) -> list[Slot]:
         """What a step reads or drops."""

@@ -187,11 +187,7 @@ class AcceleratedModel(torch.nn.Module):
     def step_graphs(self) -> tuple[StepGraph, ...]:
         """The distinct graphs that really run, in the order of the plan's ``graph`` indices."""
         executor = self.executor
-        first: dict[int, int] = {}
-        for i, step in enumerate(self.plan.steps):
-            if step.graph >= 0:
-                first.setdefault(step.graph, i)
-        return tuple(executor.graphs.get(executor.plan, first[k])[0] for k in sorted(first))
+        return tuple(executor.graphs.get(executor.plan, i)[0] for _, i in sorted(self.plan.first_steps.items()))
 
     def explain(self, step: int) -> str:
         """What a step of the plan does with every block, and why; see ``Plan.explain``."""
