@@ -8,7 +8,7 @@ with: the kernels of plain compilation of nothing but what lives in that step, i
 is the step graph's kernels by these. ``copies`` are kernels that compute nothing: they bring a tensor into another layout, or
 store it. Nothing runs, so this says how many kernels there are, not how long they take.
 
-Measurements are kept in ``build/gpu_kernels.json``; ``--write`` puts the table of all that is there into
+Measurements are kept in ``examples/results/gpu_kernels.json``; ``--write`` puts the table of all that is there into
 ``examples/results/gpu_kernels.md``, in front of the remarks.
 """
 
@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # where the machine without a GPU is
 import without_a_gpu as gpu  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results" / "gpu_kernels.md"
-MEASURED = ROOT / "build" / "gpu_kernels.json"
+MEASURED = RESULTS.with_suffix(".json")
 REMARKS = "## Remarks"
 OTHERS = 2  # step graphs of each mask, besides the one with every block
 
@@ -224,7 +224,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", action="store_true", help="keep the table in the results")
     options = parser.parse_args()
-    MEASURED.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = json.loads(MEASURED.read_text()) if MEASURED.exists() else []
     for name in filter(None, options.models.split(",")):
         for dtype in options.dtypes.split(","):
