@@ -1,120 +1,114 @@
-"""Replay step graphs as CUDA graphs: one captured graph per step graph, without Python or launches inside.
+"""Record work on an NVIDIA GPU as CUDA graphs.
 
-    arguments --copy--> static inputs --replay--> static outputs --copy--> results
-
-A replay overwrites its outputs, and all captured graphs share one memory pool, so nothing that a replay owns is handed out:
-results are copied to memory of their own, caches among them, and caches are copied in like any other argument. Weights are
-read where they are: a change in place needs no new capture.
+All graphs of a device share one memory pool, whichever model they belong to. Nothing that a graph leaves in the pool is read
+after its replay, so the pool is as large as the largest graph needs, and replays must come one after the other: one thread at
+a time launches them, and a stream waits for the one that the last was launched on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import fx
 
-from fxmask.backends.inductor import Regions
-from fxmask.backends.protocol import Compiler
 from fxmask.errors import BackendError
 
-WARM_UPS = 2  # runs before a capture: what is compiled or allocated at a first call must not be captured
-
-Tensors = Sequence[torch.Tensor]
-
-
-class Capturer(Protocol):
-    """Records a function's work on static memory."""
-
-    def record(self, run: Callable[..., Tensors], inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
-        """A function that does the recorded work again, and the tensors that it writes its results to."""
+WARM_UPS = 2  # runs before a recording: what is compiled, tuned or allocated at a first call must not be recorded
 
 
 class CudaCapturer:
-    """Records CUDA graphs into one memory pool."""
+    """Records CUDA graphs, each on the device that its memory is on."""
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    def problem(self, device: torch.device) -> str | None:
+        """Why nothing can be recorded on a device, or ``None``."""
+        if device.type != "cuda":
+            return f"CUDA graphs need every tensor on one NVIDIA GPU, and the model is on {device}"
+        if torch.version.hip is not None:
+            return "CUDA graphs are recorded on NVIDIA GPUs only, and this PyTorch is built for AMD's"
+        return None
 
-    def record(self, run: Callable[..., Tensors], inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
-        """Capture ``run(*inputs)``.
+    def is_idle(self, device: torch.device) -> bool:
+        """Whether nobody else is recording the current stream."""
+        return not torch.cuda.is_current_stream_capturing()
+
+    def ordered(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """What is done inside comes after all that was done inside before, on whatever stream and in whatever thread."""
+        return _place(device).ordered()
+
+    def record(self, prepare: Callable[[], None], run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """Record ``run`` without doing it.
 
         Raises:
-            BackendError: the inputs are not on an NVIDIA GPU, or the capture failed; says why.
+            BackendError: it cannot be recorded; says why.
         """
-        devices = {x.device for x in inputs}
-        if len(devices) != 1 or next(iter(devices)).type != "cuda":
-            raise BackendError(
-                f"backend='cudagraph' needs every tensor on one NVIDIA GPU, these are on {sorted(map(str, devices))}; "
-                "move the model and its inputs there, or use backend='inductor'"
-            )
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    run(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self._pool):
-                outputs = run(*inputs)
-        except RuntimeError as error:
-            raise BackendError(f"a step graph could not be captured as a CUDA graph: {error}") from error
-        return graph.replay, outputs
+            return _place(device).record(prepare, run)
+        except RuntimeError as error:  # out of memory among them
+            raise BackendError(f"a step graph could not be recorded as a CUDA graph: {error}") from error
 
 
-class CudaGraphs:
-    """Compiles with Inductor, then captures.
+class _Place:
+    """What the recordings of one device share."""
 
-    Args:
-        inner: compiles the graphs that are captured.
-        capturer: captures them.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.RLock()
+        self._pool: Any = None
+        self._held: Any = None  # keeps the pool alive while no other graph does
+        self._stream: Any = None  # where recordings are made
+        self._latest: Any = None  # the stream that the last replay was launched on
+        self._done: Any = None  # when that will be over
 
-    def __init__(self, inner: Compiler | None = None, capturer: Capturer | None = None) -> None:
-        self._inner = inner or Regions()
-        self._capturer = capturer or CudaCapturer()
-        self._lock = threading.Lock()  # captured graphs share their memory: one runs at a time
+    @contextlib.contextmanager
+    def ordered(self) -> Iterator[None]:
+        with self._lock, torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device)
+            if self._latest is not None and self._latest != stream:
+                stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                if self._done is None:
+                    self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._done.record(stream)
+                self._latest = stream
 
-    @property
-    def layouts(self) -> Any:
-        """The weights that the inner compiler laid out, if it did."""
-        return getattr(self._inner, "layouts", None)
+    def record(self, prepare: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
+        if self._pool is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+            self._held = self._recorded(lambda: None, lambda: torch.zeros(1, device=self._device))
+        graph = self._recorded(prepare, run)
+        return graph.replay  # type: ignore[no-any-return]
 
-    def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
-        """See all step graphs of a plan before the first of them is compiled."""
-        self._inner.prepare(graph_modules)
+    def _recorded(self, prepare: Callable[[], Any], run: Callable[[], Any]) -> Any:
+        current = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                prepare()
+            # Only this thread's work is recorded, and only its mistakes end the recording: others go on allocating.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(self._stream)
+        return graph
 
-    def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
-        """A callable that captures at its first call."""
-        return _Captured(self._inner.compile(graph_module), self._capturer, self._lock)
+
+@functools.cache
+def _place_of(kind: str, index: int) -> _Place:
+    return _Place(torch.device(kind, index))
 
 
-class _Captured:
-    """A step graph behind static inputs and outputs."""
-
-    def __init__(self, run: Callable[..., Tensors], capturer: Capturer, lock: threading.Lock) -> None:
-        self._run = run
-        self._capturer = capturer
-        self._lock = lock
-        self._inputs: list[torch.Tensor] = []
-        self._outputs: Tensors = ()
-        self._replay: Callable[[], None] | None = None
-
-    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The results, in memory that no replay owns."""
-        with self._lock:
-            if self._replay is None:
-                self._inputs = [x.clone() for x in arguments]
-                self._replay, self._outputs = self._capturer.record(self._run, self._inputs)
-            before = getattr(self._run, "before", None)
-            if before is not None:  # Python that is in no recording: weights that changed are laid out again
-                before()
-            for static, x in zip(self._inputs, arguments, strict=True):
-                static.copy_(x, non_blocking=True)
-            self._replay()
-            return tuple(x.clone() for x in self._outputs)
+def _place(device: torch.device) -> _Place:
+    return _place_of(device.type, torch.cuda.current_device() if device.index is None else device.index)

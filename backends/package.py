@@ -107,6 +107,10 @@ class Packages:
         regions = self._vocabulary.split(graph_module)
         return chain_regions(graph_module, regions, [self._part(r.key, functools.partial(_graph_of, r)) for r in regions])
 
+    def compile_once(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
+        """As ``compile``: what runs once per generation is in parts like those of the steps."""
+        return self.compile(graph_module)
+
     def compile_batched(self, row: fx.GraphModule, num_steps: int, trace: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
         """A callable that computes ``trace()``, which is ``row`` for all steps at once. It is traced only to be compiled.
 

@@ -70,7 +70,7 @@ def accelerate(
     effort: str = "default",
     cost: str = "macs",
     checkpoint: str | Path | None = None,
-    backend: str = "inductor",
+    backend: str = "auto",
     mode: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -99,8 +99,9 @@ def accelerate(
         effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it.
-        backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
-            ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
+        backend: ``"auto"`` (Inductor, the compiler of torch.compile; steps are replayed as CUDA graphs where the model is on an
+            NVIDIA GPU), ``"inductor"`` (never replayed), ``"cudagraph"`` (an error where nothing can be replayed),
+            ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default: equal parts of all step graphs once) or ``"whole"`` (each
             step graph on its own, which takes longer to compile).
         seed: of the recorded noise and of learning.
@@ -118,6 +119,7 @@ def accelerate(
         _expect(mask, Mask, "mask", "fxmask.Mask(compute=..., timesteps=..., blocks=...)")
     get_backend(backend).compiler(mode)
     model = _denoiser(model)
+    get_backend(backend).capturer_for(module_device(model))
     # 1. record
     trajectories = [
         record(
@@ -184,7 +186,7 @@ def learn(
     checkpoint: str | Path | None = None,
     options: PaperOptions | None = None,
     cost: str = "macs",
-    backend: str = "inductor",
+    backend: str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Mask:
@@ -273,7 +275,7 @@ def pareto(
     effort: str = "default",
     checkpoint: str | Path | None = None,
     cost: str = "macs",
-    backend: str = "inductor",
+    backend: str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[ParetoPoint, ...]:
@@ -309,14 +311,15 @@ def pareto(
         return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
-def compile(program: Program, plan: Plan, backend: str = "inductor", *, mode: str | None = None) -> AcceleratedModel:
+def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | None = None) -> AcceleratedModel:
     """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
 
     Args:
         program: from ``fxmask.capture``.
         plan: from ``fxmask.rectify`` of the same program.
-        backend: ``"inductor"`` (the compiler of torch.compile), ``"cudagraph"`` (the same, replayed on an NVIDIA GPU),
-            ``"package"`` (the same, ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
+        backend: ``"auto"`` (Inductor, the compiler of torch.compile; steps are replayed as CUDA graphs where the model is on an
+            NVIDIA GPU), ``"inductor"`` (never replayed), ``"cudagraph"`` (an error where nothing can be replayed),
+            ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
 
     Raises:
@@ -366,7 +369,7 @@ def load(
     if packaged and not allow_compiled:
         raise InputError(
             f"{folder} is a package, which runs machine code from that folder; pass allow_compiled=True if you trust whoever "
-            "wrote it, or backend='inductor' to take only its plan and compile here"
+            "wrote it, or backend='auto' to take only its plan and compile here"
         )
     if packaged:
         loaded: AcceleratedModel = read_again(place, lambda: _load_package(place, model, scheduler, progress))
@@ -416,7 +419,7 @@ def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress
         if package.compiler.missing:
             raise MaskError(
                 f"the package in {folder} was exported by another version of fxmask, which cuts graphs differently; "
-                "load it with backend='inductor', which captures and compiles, and export that"
+                "load it with backend='auto', which captures and compiles, and export that"
             )
         tensors = list(package.program.example.tensors.values())
         with torch.no_grad():

@@ -29,7 +29,7 @@ REPEATS = 7
 
 
 @torch.no_grad()
-def measure_latency(program: Program, backend: str = "inductor", repeats: int = REPEATS) -> dict[str, float]:
+def measure_latency(program: Program, backend: str = "auto", repeats: int = REPEATS) -> dict[str, float]:
     """Seconds of every node of a program's graph, at the captured shapes, by node name.
 
     Args:

@@ -95,7 +95,7 @@ class Search:
         progress: bool,
         checkpoint: str | Path | None = None,
         cost: str = "macs",
-        backend: str = "inductor",
+        backend: str = "auto",
         room: Room | None = None,
         deployed: Program | None = None,
     ) -> None:

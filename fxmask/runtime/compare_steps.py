@@ -5,7 +5,7 @@ The cached values are random: zeros would hide a value that is read in the wrong
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fxmask.errors import MaskError
 from fxmask.ir.forecast import Cache, Slot
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
-from fxmask.runtime.prologues import PrecomputedRow
+from fxmask.runtime.prologues import Rows
 
 Values = Mapping[Any, torch.Tensor]
 Agrees = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -66,7 +66,7 @@ def _made_up(executor: Executor, slot: Slot, seed: int) -> torch.Tensor:
     return blank.copy_(values)
 
 
-def _run(executor: Executor, step: int, tensors: list[torch.Tensor], cache: Cache, rows: Sequence[PrecomputedRow]) -> Values:
+def _run(executor: Executor, step: int, tensors: list[torch.Tensor], cache: Cache, rows: Rows) -> Values:
     """Outputs and stored values of a step, by place."""
     own: Cache = {slot: x.clone(memory_format=torch.preserve_format) for slot, x in cache.items()}
     outputs = executor.run_step(step, tensors, own, rows)

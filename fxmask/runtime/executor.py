@@ -6,22 +6,24 @@ share a ``GraphStore``, so that equal step graphs are compiled once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 from tqdm.auto import tqdm
 
 from fxmask.backends.straight_line import restride
 from fxmask.ir.forecast import Cache, Slot
 from fxmask.ir.plan import Plan
-from fxmask.passes.form_values import forecast_coefficients
 from fxmask.passes.step_graph import StepGraph
+from fxmask.runtime.coefficients import Coefficients
 from fxmask.runtime.graph_store import GraphStore
-from fxmask.runtime.prologues import PrecomputedRow, PrologueRunner
+from fxmask.runtime.prologues import PrologueRunner, Rows
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """A step, prepared once.
 
     Attributes:
@@ -32,6 +34,7 @@ class _Ready(NamedTuple):
         slots: that it reads.
         store: positions of results, and the slots that they go to.
         drop: slots that nobody reads again.
+        before: what must run before ``run`` where that is replayed from a recording; ``None`` if nothing must.
     """
 
     graph: StepGraph
@@ -41,6 +44,7 @@ class _Ready(NamedTuple):
     slots: tuple[Slot, ...]
     store: tuple[tuple[int, Slot], ...]
     drop: tuple[Slot, ...]
+    before: Callable[[], None] | None
 
 
 class Executor:
@@ -55,15 +59,28 @@ class Executor:
         self.plan = plan
         self.program = graphs.program
         self.graphs = graphs
-        self._ready: dict[int, _Ready] = {}
+        self._ready: dict[int, Ready] = {}
         self._layouts = [_dense_strides(x) for x in self.program.example.tensors.values()]
 
-    def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
-        """What can be computed before the first step of a run, for ``run_step``."""
+    @functools.cached_property
+    def coefficients(self) -> Coefficients:
+        """Of the plan's forecasts."""
+        return Coefficients.of(self.plan, self.program)
+
+    def begin(self, tensors: Sequence[torch.Tensor], before: Rows = ()) -> Rows:
+        """What can be computed before the first step of a run, for ``run_step``.
+
+        Args:
+            tensors: the program's inputs; which timestep is in them does not matter.
+            before: of the same run, if its weights were changed in the middle of it.
+        """
+        self._refresh_layouts()
+        return self.prologues.begin(tensors)
+
+    def _refresh_layouts(self) -> None:
         layouts = getattr(self.graphs.compiler, "layouts", None)
         if layouts is not None:  # weights may have been written to without a trace since the last run
             layouts.refresh()
-        return self.prologues.begin(tensors)
 
     @property
     def prologues(self) -> PrologueRunner:
@@ -75,7 +92,12 @@ class Executor:
         return self.run_step(self.plan.start, tensors, {})
 
     def run_step(
-        self, step: int, tensors: Sequence[torch.Tensor], cache: Cache, rows: Sequence[PrecomputedRow] = ()
+        self,
+        step: int,
+        tensors: Sequence[torch.Tensor],
+        cache: Cache,
+        rows: Rows = (),
+        exact: bool = True,
     ) -> list[torch.Tensor]:
         """Run one step: read what it loads from ``cache``, store what it must, drop what nobody reads again.
 
@@ -86,6 +108,7 @@ class Executor:
             tensors: the program's inputs, in order.
             cache: of one lane.
             rows: from ``begin`` with the same conditioning; without them the call stands alone.
+            exact: whether the timestep is the very one that the rows are for.
 
         Raises:
             KeyError: a slot is missing; the steps were not run in order.
@@ -94,7 +117,7 @@ class Executor:
         graph = ready.graph
         arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
         if graph.precomputed:
-            row = self.prologues.complete(rows[step], tensors) if rows else self.prologues.at(tensors)
+            row = self.prologues.complete(rows[step], tensors) if rows and exact else self.prologues.at(tensors)
             arguments.extend(map(row.__getitem__, graph.precomputed))
         arguments.extend(ready.coefficients)
         arguments.extend(map(cache.__getitem__, ready.slots))
@@ -105,19 +128,20 @@ class Executor:
             del cache[slot]
         return list(results[: graph.num_outputs])
 
-    def _prepare(self, step: int) -> _Ready:
+    def _prepare(self, step: int) -> Ready:
         """All that running a step needs besides tensors."""
         plan = self.plan.steps[step]
         graph, run = self.graphs.get(self.plan, step)
         stored = [(k, name) for k, name in enumerate(graph.store, graph.num_outputs) if name in plan.store]
-        ready = _Ready(
+        ready = Ready(
             graph,
             run,
             tuple((k, self._layouts[k]) for k in graph.inputs),
-            tuple(self._forecast_coefficients(step, graph)) if graph.coefficients else (),
+            self.coefficients.at(step) if graph.coefficients else (),
             tuple(slot for load in plan.formed for slot in load.slots),
             tuple((k, Slot(block, value, step)) for k, (block, value) in stored),
             plan.drop,
+            getattr(run, "before", None),
         )
         self._ready[step] = ready
         return ready
@@ -137,14 +161,13 @@ class Executor:
 
     def blank(self, slot: Slot) -> torch.Tensor:
         """A cached value like ``run_step`` would store, filled with zeros."""
-        value = self.program.node(self.program.block(slot.block).values[slot.value]).meta["val"]
+        value = self.node_of(slot).meta["val"]
         sizes, strides = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device).zero_()
 
-    def _forecast_coefficients(self, step: int, graph: StepGraph) -> list[torch.Tensor]:
-        loads = [self.plan.steps[step].formed[k] for k in graph.coefficients]
-        nodes = [self.program.node(self.program.block(x.block).values[x.value]) for x in loads]
-        return [forecast_coefficients(x, node.meta["val"]) for x, node in zip(loads, nodes, strict=True)]
+    def node_of(self, slot: Slot) -> fx.Node:
+        """The node whose value a slot holds."""
+        return self.program.node(self.program.block(slot.block).values[slot.value])
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from fxmask.ir.forecast import Cache
 from fxmask.runtime.clock import Clock
 from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
 from fxmask.runtime.marks import Marks
-from fxmask.runtime.prologues import PrecomputedRow
+from fxmask.runtime.prologues import Rows
 from fxmask.runtime.variants import Variant, Variants
 
 # Without a marked generation, a lane that was not called for this many calls is taken for abandoned.
@@ -31,7 +31,7 @@ class Lane:
     start: int = 0
     position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
     cache: Cache = field(default_factory=dict)
-    rows: list[PrecomputedRow] = field(default_factory=list)  # what was computed when its run began
+    rows: Rows = ()  # what was computed when its run began
     weights: list[int] | None = None  # that the rows were computed with
     seen: int = 0  # when it was last called, in calls of its generation
     latest: int | None = None  # the step of the latest call that the plan knows
@@ -42,7 +42,7 @@ class Lane:
         """Drop the caches: the next call cannot go on from them."""
         self.position = None
         self.cache = {}
-        self.rows = []
+        self.rows = ()
 
 
 class Generation:
@@ -116,6 +116,7 @@ class Generation:
             if step != lane.variant.executor(0).plan.start:
                 self._missed(lane, again, value)
             lane.start, lane.cache = step, {}
+            lane.rows = ()
             lane.weights = None
             lane.stats = self._variants.history.begin()
         # If the step raises, the position is not known to have been reached: the next call must not go on from it.
@@ -123,6 +124,8 @@ class Generation:
         with variant.graph_mode():
             outputs = self._step(lane, step, tensors, value)
         lane.position = step + 1
+        if lane.position == lane.variant.mask.num_steps:
+            lane.rows = ()  # the run is over: memory that it has is for the next
         assert lane.stats is not None
         plan = variant.executor(lane.start).plan
         lane.stats.add(plan.steps[step].macs, plan.full_macs, followed=running)
@@ -167,9 +170,9 @@ class Generation:
         executor = lane.variant.executor(lane.start)
         weights = executor.prologues.weights_now()
         if weights != lane.weights:  # a new run, or weights that were written to in the middle of one
-            lane.rows, lane.weights = executor.begin(tensors), weights
+            lane.rows, lane.weights = executor.begin(tensors, lane.rows), weights
         exact = timestep is None or executor.prologues.is_exact(step, timestep)
-        return executor.run_step(step, tensors, lane.cache, lane.rows if exact else ())
+        return executor.run_step(step, tensors, lane.cache, lane.rows, exact)
 
     def interrupt(self) -> None:
         """A call was answered by the original, of which lane nobody knows: none can go on from its caches."""

@@ -15,6 +15,7 @@ from fxmask.passes.specialize import specialize_step
 from fxmask.passes.split_regions import JOIN, KEPT, joins
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.prologues import PrologueRunner
+from fxmask.runtime.static_memory import Memories
 
 
 class GraphStore:
@@ -27,13 +28,20 @@ class GraphStore:
         compiler: of the backend, if there is one already.
 
     Raises:
-        BackendError: there is no such backend, or no such mode.
+        BackendError: there is no such backend, no such mode, or the backend cannot work where the program is.
+
+    Attributes:
+        capturer: records steps, to be replayed; ``None`` if each is called.
+        memories: that recorded steps work in.
     """
 
     def __init__(self, program: Program, backend: str, mode: str | None = None, compiler: Compiler | None = None) -> None:
         self.program = program
-        self._exact = get_backend(backend).exact
-        self.compiler = compiler or get_backend(backend).compiler(mode)
+        chosen = get_backend(backend)
+        self._exact = chosen.exact
+        self.compiler = compiler or chosen.compiler(mode)
+        self.capturer = chosen.capturer_for(program.example.sample.device)
+        self.memories = Memories()
         self._graphs: dict[Any, tuple[StepGraph, Callable[..., Any]]] = {}
         self._prologues: dict[tuple[float, ...], PrologueRunner] = {}
         self._lock = threading.RLock()

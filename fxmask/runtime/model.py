@@ -106,7 +106,7 @@ class AcceleratedModel(torch.nn.Module):
         self,
         program: Program,
         plan: Plan,
-        backend: str = "inductor",
+        backend: str = "auto",
         mode: str | None = None,
         *,
         compiler: Compiler | None = None,

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,16 @@ from fxmask.passes.precompute import Prologue, Prologues, make_prologues
 
 logger = logging.getLogger(__name__)
 PrecomputedRow = Mapping[str, torch.Tensor]  # precomputed values of one step, by name
+
+
+class Rows(Protocol):
+    """What is precomputed for each step of a run; false if nothing is."""
+
+    def __len__(self) -> int:
+        """0 if nothing is precomputed."""
+
+    def __getitem__(self, step: int, /) -> PrecomputedRow:
+        """The precomputed values of a step."""
 
 
 class PrologueRunner:
@@ -39,7 +49,7 @@ class PrologueRunner:
         self.prologues: Prologues = make_prologues(program, len(timesteps))
         self._compiler = compiler
         if compiler and self.prologues.once and self.prologues.once.inputs:  # what needs only weights is too little
-            once = replace(self.prologues.once, compiled=compiler.compile(self.prologues.once.graph_module))
+            once = replace(self.prologues.once, compiled=compiler.compile_once(self.prologues.once.graph_module))
             self.prologues = replace(self.prologues, once=once)
         self._timesteps = timesteps
         self._wanted = batched
@@ -47,25 +57,37 @@ class PrologueRunner:
         self._steps: torch.Tensor | None = None
         self._values: list[float] | None = None  # the timesteps that the table is for, in the type that the program takes
 
+    @property
+    def is_batched(self) -> bool:
+        """Whether the table's rows are computed for all steps at once; known for good after the first time."""
+        return self.prologues.table is not None and self._wanted
+
     def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
         """The precomputed values that can be had before the first step: one row per step, or none if there are none.
 
         Args:
             tensors: the program's inputs; which timestep is in them does not matter.
         """
+        once, columns = self.compute(tensors)
+        if not columns:
+            return [once] * len(self._timesteps) if once else []
+        separate = [column.unbind(0) for column in columns.values()]
+        return [{**once, **dict(zip(columns, row, strict=True))} for row in zip(*separate, strict=True)]
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What depends on no timestep, and values ``[T, ...]`` for all timesteps; none of these without a batched table."""
         prologues = self.prologues
         once = prologues.once(tensors, {}) if prologues.once else {}
         if prologues.table is None or not self._wanted:
-            return [once] * len(self._timesteps) if once else []
+            return once, {}
         try:
-            columns = self._columns(prologues.table, tensors, once)
+            return once, dict(zip(prologues.table.values, self._columns(prologues.table, tensors, once), strict=True))
         except Exception as error:  # an operator that has no batched form
             if getattr(self._compiler, "closed", False) and not isinstance(error, NotExportedError):
                 raise  # a table that was exported, and is broken
             logger.warning("the timestep's values are computed at each step", exc_info=True)
             self._wanted = False
-            return self.begin(tensors)
-        return [{**once, **dict(zip(prologues.table.values, row, strict=True))} for row in zip(*columns, strict=True)]
+            return once, {}
 
     @functools.cached_property
     def weights(self) -> list[torch.Tensor]:
@@ -98,7 +120,7 @@ class PrologueRunner:
         return self.prologues.at(tensors)
 
     def _columns(self, table: Prologue, tensors: Sequence[torch.Tensor], once: dict[str, torch.Tensor]) -> list[Any]:
-        """One sequence of T tensors per value of the table."""
+        """One tensor ``[T, ...]`` per value of the table."""
         name = self.program.signature.timestep
         assert name is not None
         position = self.program.inputs.index(name)
@@ -113,7 +135,7 @@ class PrologueRunner:
             self._batched = batch_steps(table, position, self._steps, tensors, once, compiler)
         values = self._batched(self._steps, tensors, once)
         wanted = [self.program.node(node).meta["val"] for node in table.values]
-        return [_like(value, meta).unbind(0) for value, meta in zip(values, wanted, strict=True)]
+        return [_like(value, meta) for value, meta in zip(values, wanted, strict=True)]
 
 
 def _like(rows: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:

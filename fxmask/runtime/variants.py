@@ -32,6 +32,7 @@ from fxmask.passes.rectify import rectify
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.history import History
+from fxmask.runtime.replay import executor_of
 from fxmask.runtime.timesteps import Timetable
 from fxmask.runtime.warn import Warner
 
@@ -65,7 +66,7 @@ class Variant:
         self._step_assumptions = program.assumptions and program.assumptions.of_inputs(changing)
         self._executors: dict[int, Executor] = {}
         if plan is not None:
-            self._executors[plan.start] = Executor(plan, self.graphs)
+            self._executors[plan.start] = executor_of(plan, self.graphs)
 
     def fits(self, bound: BoundCall, ambient: Ambient) -> bool:
         """Whether it was captured for such a call under such modes."""
@@ -91,7 +92,7 @@ class Variant:
     def executor(self, start: int) -> Executor:
         """Runs the mask from step ``start`` on."""
         if start not in self._executors:
-            self._executors[start] = Executor(rectify(self.program, self.mask, start=start), self.graphs)
+            self._executors[start] = executor_of(rectify(self.program, self.mask, start=start), self.graphs)
         return self._executors[start]
 
 
@@ -132,7 +133,7 @@ class Variants:
     @property
     def elsewhere(self) -> tuple[str, str | None]:
         """Backend and mode for other forms of call than the one that a package was made for."""
-        return ("inductor", None) if self.loaded else (self.backend, self.mode)
+        return ("auto", None) if self.loaded else (self.backend, self.mode)
 
     known = property(values)
 

@@ -42,5 +42,5 @@ def refuse_other_machine(folder: Path, exported: Mapping[str, Any], device: torc
         raise BackendError(
             f"the package in {folder} does not run here:\n  {lines}\n"
             "Compiled code belongs to one version of PyTorch, one kind of device and of processor. Load its plan with "
-            "fxmask.load(folder, model, backend='inductor'), which captures and compiles, and export that"
+            "fxmask.load(folder, model, backend='auto'), which captures and compiles, and export that"
         )

@@ -20,6 +20,7 @@ import torch
 from denoisers import Denoiser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recorder import Recorder
 from strategies import (
     Choice,
     Pair,
@@ -34,6 +35,7 @@ from torch import fx
 
 import fxmask
 from fxmask.backends import BACKENDS, Backend
+from fxmask.backends.eager import Eager
 from fxmask.backends.inductor import Regions
 from fxmask.backends.straight_line import chain_regions
 from fxmask.ir.forecast import INPUT, Slot
@@ -116,6 +118,19 @@ def check_in_parts(pair: Pair) -> None:
     """Step graphs in regions compute what the reference computes."""
     with mock.patch.dict(BACKENDS, {"eager parts": Backend({"": EagerParts}, exact=True)}):
         assert_same(run_specialised(pair, fxmask.rectify(pair.program, pair.mask), "eager parts"), run_reference(pair))
+
+
+def check_replayed(pair: Pair) -> None:
+    """Steps that are recorded once and replayed on memory of their own compute what the reference computes."""
+    backend = Backend({"": Eager}, exact=True, capturer=Recorder)
+    with mock.patch.dict(BACKENDS, {"recorded": backend}):
+        accelerated = fxmask.compile(pair.program, fxmask.rectify(pair.program, pair.mask), backend="recorded")
+        for _ in range(2):
+            with accelerated.generation() as generation:
+                results = [[accelerated(**call) for call in step] for step in pair.calls()]
+            assert generation.matched == pair.lanes * (pair.mask.num_steps - 1)
+            assert_same([lanes[0] if len(lanes) == 1 else lanes for lanes in results], run_reference(pair))
+        assert accelerated.executor._problem is None
 
 
 def check_rectified(pair: Pair) -> None:
@@ -349,6 +364,12 @@ def test_specialised_is_the_reference(choice: Choice) -> None:
 @given(choices())
 def test_step_graphs_in_parts(choice: Choice) -> None:
     holds(check_in_parts, choice)
+
+
+@examples(60)
+@given(choices())
+def test_replayed_is_the_reference(choice: Choice) -> None:
+    holds(check_replayed, choice)
 
 
 @examples(60)

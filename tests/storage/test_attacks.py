@@ -42,7 +42,7 @@ def test_machine_code_runs_only_where_it_is_allowed(folder, monkeypatch):
     real = package.load_package
     monkeypatch.setattr(package, "load_package", lambda *arguments: loaded.append(arguments) or real(*arguments))
     for backend in (None, "package"):
-        with pytest.raises(InputError, match=r"allow_compiled=True if you trust.*backend='inductor'"):
+        with pytest.raises(InputError, match=r"allow_compiled=True if you trust.*backend='auto'"):
             fxmask.load(folder, model, backend=backend, progress=False)
     fxmask.load(folder, model, backend="eager", progress=False)
     assert not loaded
