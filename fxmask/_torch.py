@@ -57,6 +57,7 @@ __all__ = [
     "aoti_compile",
     "aoti_load",
     "collected_output_code",
+    "copy_all",
     "cpp_compiler_problem",
     "default_device",
     "exact_float32",
@@ -110,6 +111,12 @@ def version_of(tensor: torch.Tensor) -> int:
 def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     """``version_of`` of many that are no inference tensors, in one pass in C."""
     return list(map(_VERSION, tensors))
+
+
+def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy each value to its place without waiting; on a GPU those of one type and layout in one kernel."""
+    if places:
+        torch._foreach_copy_(list(places), list(values), non_blocking=True)
 
 
 def hooks_so_far() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import copy_all as put
 from fxmask.backends.protocol import Capturer
 from fxmask.errors import BackendError
 from fxmask.guards.check import PLAIN_TENSORS
@@ -288,9 +289,3 @@ class ReplayingExecutor(Executor):
 def executor_of(plan: Plan, graphs: GraphStore) -> Executor:
     """What runs a plan's steps: by replaying recordings, if the backend makes them."""
     return ReplayingExecutor(plan, graphs, graphs.capturer) if graphs.capturer else Executor(plan, graphs)
-
-
-def put(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Copy each value to its place, those of one type in one kernel."""
-    if places:
-        torch._foreach_copy_(list(places), list(values), non_blocking=True)
