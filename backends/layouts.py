@@ -17,8 +17,8 @@ import weakref
 import torch
 from torch import fx
 
-from fxmask._torch import versions_of
 from fxmask.backends.straight_line import restride
+from fxmask.guards.watch import WeightsState, WeightWatch
 from fxmask.ir.graph import attribute, copy_nodes, output_node, placeholders, returned
 from fxmask.passes.choose_layouts import LAYOUT, propagate
 
@@ -31,8 +31,9 @@ class Layouts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # identity of a weight -> the weight, its copy
-        self._counted: list[torch.Tensor] = []  # weights, but those whose changes are not counted
-        self._seen: tuple[list[int], list[int]] = ([], [])
+        self._watch: WeightWatch | None = None  # of these weights
+        self._seen: WeightsState | None = None
+        self._turn = 0
         self._graphs: weakref.WeakKeyDictionary[fx.GraphModule, fx.GraphModule] = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
@@ -53,18 +54,18 @@ class Layouts:
 
     def follow(self) -> None:
         """Bring the copies up to date with weights that were written to or put elsewhere since. Costs microseconds."""
-        if self._now() != self._seen:
+        self._turn += 1
+        if self._watch is None or self._seen is None or self._watch.changed(self._seen, self._turn):
             self.refresh()
 
     def refresh(self) -> None:
         """Bring all copies up to date, in the memory that they have, so that what was recorded reads them."""
         with self._lock, torch.no_grad():
-            self._seen = self._now()
+            if self._watch is None:
+                self._watch = WeightWatch([weight for weight, _ in self._copies.values()])
+            self._seen = self._watch.now()
             for weight, laid_out in self._copies.values():
                 laid_out.copy_(weight)
-
-    def _now(self) -> tuple[list[int], list[int]]:
-        return versions_of(self._counted), [weight.data_ptr() for weight, _ in self._copies.values()]
 
     def _laid_out(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         graph = fx.Graph()
@@ -106,7 +107,5 @@ class Layouts:
             with torch.no_grad():
                 laid_out = restride(weight.detach(), strides)
             self._copies[id(weight)] = weight, laid_out
-            if not weight.is_inference():
-                self._counted.append(weight)
-            self._seen = ([], [])
+            self._watch = None
         return self._copies[id(weight)][1]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxmask._torch import default_device, float32_precisions, is_transformed
+from fxmask._torch import default_device, float32_precisions, is_transformed, raw_modes
 
 SDPA = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -53,6 +53,12 @@ class Ambient(NamedTuple):
         """What is different, in words."""
         pairs = zip(self._fields, self, other, strict=True)
         return [f"{name.replace('_', ' ')} was {a}, is {b}" for name, a, b in pairs if a != b]
+
+
+def modes(device: str) -> tuple[Any, ...]:
+    """What ``Ambient.now`` is made of, to be compared in each step: equal modes are equal here, whatever they are."""
+    autocast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    return (raw_modes(), torch.get_autocast_dtype(device) if autocast else None)
 
 
 def without_autocast() -> contextlib.ExitStack:

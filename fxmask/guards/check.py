@@ -203,6 +203,7 @@ class Held:
                     taken[id(space)] = chosen
                     self._step_getters.append(_getter(operator.itemgetter, chosen))
                     self._step_spaces.append(space)
+        self._step_contents = list(map(_live_contents, self._step_sized))
         self._step_sizes = list(map(len, self._step_sized))
         self._step_values = list(self._read_step())
         shallow = sorted(range(len(self._internal)), key=self._depths.__getitem__)[:CONTAINERS_PER_STEP]
@@ -219,7 +220,7 @@ class Held:
     def _read_step(self) -> Iterator[Any]:
         return chain(
             chain.from_iterable(map(operator.call, self._step_getters, self._step_spaces)),
-            _contents(self._step_sized),
+            chain.from_iterable(self._step_contents),
             map(_contents_of, self._step_cells),
         )
 
@@ -243,4 +244,9 @@ def _getter(kind: Callable[..., Callable[[Any], Any]], names: Sequence[str]) -> 
 
 
 def _contents(containers: Sequence[Any]) -> Iterator[Any]:
-    return chain.from_iterable(c.values() if isinstance(c, Mapping) else c for c in containers)
+    return chain.from_iterable(map(_live_contents, containers))
+
+
+def _live_contents(container: Any) -> Any:
+    """What is in a container, now and later."""
+    return container.values() if isinstance(container, Mapping) else container

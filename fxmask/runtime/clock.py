@@ -8,6 +8,7 @@ is copied to the host in the background and checked at a later call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +49,12 @@ class _Base:
 
 @dataclass
 class _Pending:
-    """A timestep on its way to the host, and what it was taken for."""
+    """A number on its way to the host, and what it was taken for: a timestep, or whether conditioning is what it was."""
 
     expected: float
     copy: torch.Tensor
     event: Any
+    is_timestep: bool = True
 
     def arrived(self) -> bool:
         return self.event is None or bool(self.event.query())
@@ -96,26 +98,35 @@ class Clock:
 
     def predict(self, timestep: torch.Tensor, expected: float) -> None:
         """Take ``timestep`` for ``expected`` now, and check it when its value has arrived on the host."""
-        single = timestep.detach().reshape(-1)[:1]
-        event = None
-        if timestep.is_cuda:
-            copy = torch.empty(1, dtype=timestep.dtype, pin_memory=True)
-            copy.copy_(single, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(timestep.device))
-        else:
-            copy = single.to("cpu", non_blocking=False)
-        self.pending.append(_Pending(expected, copy, event))
+        self.pending.append(_Pending(expected, *_on_its_way(timestep.detach().reshape(-1)[:1])))
 
-    def wrong_prediction(self, tolerance: float) -> tuple[float, float] | None:
-        """(expected, real) of a prediction that has turned out wrong, or ``None``; never waits."""
+    def vouch(self, given: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
+        """Take tensors for equal to others now, and check it when that has arrived on the host."""
+        equal = torch.stack([(a == b).all() for a, b in zip(given, held, strict=True)]).all().reshape(1)
+        self.pending.append(_Pending(1.0, *_on_its_way(equal), is_timestep=False))
+
+    def wrong_prediction(self, tolerance: float) -> str | None:
+        """What a call was taken for and was not, in words, or ``None``; never waits."""
         while self.pending and self.pending[0].arrived():
             past = self.pending.pop(0)
             real = _host_value(past.copy)
             if abs(real - past.expected) > tolerance * max(abs(past.expected), 1e-3):
                 self.pending.clear()
-                return past.expected, real
+                if past.is_timestep:
+                    return f"timestep {past.expected:g}, but it was at {real:g}"
+                return "the next one of a sequence with other conditioning"
         return None
+
+
+def _on_its_way(single: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A copy ``[1]`` on the host, and when it will be there; ``None`` if it is already."""
+    if not single.is_cuda:
+        return single.to("cpu"), None
+    copy = torch.empty(1, dtype=single.dtype, pin_memory=True)
+    copy.copy_(single, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(single.device))
+    return copy, event
 
 
 def _host_value(copy: torch.Tensor) -> float:
@@ -125,9 +136,14 @@ def _host_value(copy: torch.Tensor) -> float:
 
 def _steps_of(timestep: torch.Tensor) -> int:
     """Largest stride between elements; 0 if the tensor is one element, repeated or not."""
+    if timestep.dim() < 2:
+        return timestep.stride(0) if timestep.dim() and timestep.shape[0] > 1 else 0
     return max((s for s, n in zip(timestep.stride(), timestep.shape, strict=True) if n > 1), default=0)
 
 
 def _read(timestep: torch.Tensor) -> float | None:
-    values = timestep.flatten().tolist() if _steps_of(timestep) else [timestep.reshape(-1)[0].item()]
+    if not _steps_of(timestep):
+        first = timestep[(0,) * timestep.dim()] if timestep.dim() else timestep
+        return float(first.item())
+    values = timestep.flatten().tolist()
     return float(values[0]) if all(value == values[0] for value in values) else None

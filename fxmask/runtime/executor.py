@@ -7,6 +7,7 @@ share a ``GraphStore``, so that equal step graphs are compiled once.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from fxmask.ir.plan import Plan
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.coefficients import Coefficients
 from fxmask.runtime.graph_store import GraphStore
-from fxmask.runtime.prologues import PrologueRunner, Rows
+from fxmask.runtime.prologues import PrecomputedRow, PrologueRunner, Rows
 
 
 class Ready(NamedTuple):
@@ -30,20 +31,26 @@ class Ready(NamedTuple):
         graph: that it runs.
         run: what a backend made of the graph.
         inputs: positions of the program's inputs that it takes, and the memory layout of each.
+        pick: takes the precomputed values that it reads out of a row.
         coefficients: of its forecasts.
         slots: that it reads.
         store: positions of results, and the slots that they go to.
         drop: slots that nobody reads again.
+        timed: whether it reads the timestep itself.
+        loose: positions of stored results that lie in larger memory; ``None`` until it has run.
         before: what must run before ``run`` where that is replayed from a recording; ``None`` if nothing must.
     """
 
     graph: StepGraph
     run: Callable[..., Any]
     inputs: tuple[tuple[int, tuple[int, ...]], ...]
+    pick: Callable[[PrecomputedRow], tuple[torch.Tensor, ...]]
     coefficients: tuple[torch.Tensor, ...]
     slots: tuple[Slot, ...]
     store: tuple[tuple[int, Slot], ...]
     drop: tuple[Slot, ...]
+    timed: bool
+    loose: frozenset[int] | None
     before: Callable[[], None] | None
 
 
@@ -60,6 +67,8 @@ class Executor:
         self.program = graphs.program
         self.graphs = graphs
         self._ready: dict[int, Ready] = {}
+        timestep = self.program.signature.timestep
+        self._timestep = self.program.inputs.index(timestep) if timestep in self.program.inputs else -1
         self._layouts = [_dense_strides(x) for x in self.program.example.tensors.values()]
 
     @functools.cached_property
@@ -82,10 +91,15 @@ class Executor:
         if layouts is not None:  # weights may have been written to without a trace since the last run
             layouts.refresh()
 
-    @property
+    @functools.cached_property
     def prologues(self) -> PrologueRunner:
         """What runs outside the steps."""
         return self.graphs.prologue_runner(self.plan)
+
+    def needs_timestep(self, step: int) -> bool:
+        """Whether a step reads the timestep, rather than what was computed of it before the first step."""
+        ready = self._ready.get(step)
+        return ready is None or ready.timed
 
     def run_full(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs of the unmasked program; no cache is read or written."""
@@ -118,15 +132,22 @@ class Executor:
         arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
         if graph.precomputed:
             row = self.prologues.complete(rows[step], tensors) if rows and exact else self.prologues.at(tensors)
-            arguments.extend(map(row.__getitem__, graph.precomputed))
-        arguments.extend(ready.coefficients)
-        arguments.extend(map(cache.__getitem__, ready.slots))
+            arguments += ready.pick(row)
+        arguments += ready.coefficients
+        arguments += [cache[slot] for slot in ready.slots]
         results = ready.run(*arguments)
+        loose = ready.loose if ready.loose is not None else self._settle(step, ready, results)
         for k, slot in ready.store:
-            cache[slot] = _compact(results[k])
+            cache[slot] = results[k] if k not in loose else _compact(results[k])
         for slot in ready.drop:
             del cache[slot]
         return list(results[: graph.num_outputs])
+
+    def _settle(self, step: int, ready: Ready, results: Sequence[torch.Tensor]) -> frozenset[int]:
+        """Note down which stored results lie in larger memory: where a compiler puts them does not change."""
+        loose = frozenset(k for k, _ in ready.store if _compact(results[k]) is not results[k])
+        self._ready[step] = ready._replace(loose=loose)
+        return loose
 
     def _prepare(self, step: int) -> Ready:
         """All that running a step needs besides tensors."""
@@ -137,10 +158,13 @@ class Executor:
             graph,
             run,
             tuple((k, self._layouts[k]) for k in graph.inputs),
+            _picker(graph.precomputed),
             self.coefficients.at(step) if graph.coefficients else (),
             tuple(slot for load in plan.formed for slot in load.slots),
             tuple((k, Slot(block, value, step)) for k, (block, value) in stored),
             plan.drop,
+            self._timestep in graph.inputs or bool(graph.precomputed and self.prologues.completes),
+            None,
             getattr(run, "before", None),
         )
         self._ready[step] = ready
@@ -168,6 +192,13 @@ class Executor:
     def node_of(self, slot: Slot) -> fx.Node:
         """The node whose value a slot holds."""
         return self.program.node(self.program.block(slot.block).values[slot.value])
+
+
+def _picker(names: Sequence[str]) -> Callable[[PrecomputedRow], tuple[torch.Tensor, ...]]:
+    """Reads entries of a row as a tuple, in one call."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda row: tuple(row[name] for name in names)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

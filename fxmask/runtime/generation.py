@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fxmask._torch import version_of
+from fxmask._torch import is_transformed, version_of
+from fxmask.guards.ambient import modes
+from fxmask.guards.watch import WeightsState
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.forecast import Cache
-from fxmask.runtime.clock import Clock
+from fxmask.ir.rebind import TENSORS
+from fxmask.runtime.clock import Clock, on_host
+from fxmask.runtime.executor import Executor
 from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
 from fxmask.runtime.marks import Marks
 from fxmask.runtime.prologues import Rows
+from fxmask.runtime.steady import Steady, is_same_memory
+from fxmask.runtime.timesteps import types_of
 from fxmask.runtime.variants import Variant, Variants
 
 # Without a marked generation, a lane that was not called for this many calls is taken for abandoned.
@@ -27,15 +33,17 @@ class Lane:
 
     conditioning: tuple[torch.Tensor, ...]  # held, so that their memory cannot become another lane's
     versions: tuple[int, ...]
+    copies: tuple[torch.Tensor, ...]  # to compare with
     variant: Variant
-    start: int = 0
+    executor: Executor  # runs the plan from the step that its run began at
     position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
     cache: Cache = field(default_factory=dict)
     rows: Rows = ()  # what was computed when its run began
-    weights: list[int] | None = None  # that the rows were computed with
+    weights: WeightsState | None = None  # that the rows were computed with
     seen: int = 0  # when it was last called, in calls of its generation
     latest: int | None = None  # the step of the latest call that the plan knows
     stats: Run | None = None  # of the run that it is in
+    steady: Steady | None = None  # what its next call looks like
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
 
     def forget(self) -> None:
@@ -43,6 +51,31 @@ class Lane:
         self.position = None
         self.cache = {}
         self.rows = ()
+        self.steady = None
+
+    @property
+    def is_going(self) -> bool:
+        """Whether it is in the middle of a run."""
+        return self.position is not None and 0 < self.position < self.variant.mask.num_steps
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether the timestep of its next call is known."""
+        return self.position is not None and self.position < self.variant.mask.num_steps
+
+    def is_given(self, given: Sequence[torch.Tensor], versions: Sequence[int]) -> bool:
+        """Whether its conditioning is these very tensors, unchanged.
+
+        Of those on a device whose changes nobody counts it is taken that they did not: to compare them would wait.
+        """
+        return all(
+            version == before and (version != -1 or not on_host(x)) and (x is held or is_same_memory(x, held))
+            for x, held, version, before in zip(given, self.conditioning, versions, self.versions, strict=True)
+        )
+
+    def looks_like(self, other: Lane) -> bool:
+        """Whether nothing tells the two apart but their timesteps."""
+        return self.variant is other.variant and all(a is b for a, b in zip(self.conditioning, other.conditioning, strict=True))
 
 
 class Generation:
@@ -65,6 +98,7 @@ class Generation:
         self._entered = 0
         self._clock = Clock()
         self._count = 0
+        self._latest: Lane | None = None  # the lane that was called last
         self.calls = 0
         self.matched = 0
 
@@ -79,6 +113,51 @@ class Generation:
         ended = kind is None or issubclass(kind, (StopIteration, StopAsyncIteration, GeneratorExit))  # no failure
         if ended and not self._entered:
             self.warn_if_useless()
+
+    def follow(self, args: Sequence[Any], kwargs: Mapping[str, Any], recording: bool) -> tuple[Any] | None:
+        """What a call returns that goes on as its lane did, in a tuple; ``None`` if it must be looked at closely.
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            recording: whether gradients are recorded around it.
+        """
+        if is_transformed():
+            return None
+        found = [(x, given) for x in self._lanes if x.steady and (given := x.steady.leaves(args, kwargs)) is not None]
+        if len(found) != 1:
+            return None
+        lane, given = found[0]
+        if recording and any(type(x) in TENSORS and x.requires_grad for x in given):
+            return None
+        step, steady, variant = lane.position, lane.steady, lane.variant
+        if step is None or steady is None or steady.modes != modes(variant.device_type) or not variant.unchanged_in_step():
+            return None
+        if len(self._lanes) > 1 and any(x is not lane and x.steady is None and x.looks_like(lane) for x in self._lanes):
+            return None
+        tensors, value = [given[k] for k in steady.inputs], None
+        if steady.timestep >= 0:
+            timestep = given[steady.timestep]
+            value = self._read_timestep(lane, timestep, steady.tolerance)
+            if value != variant.mask.timesteps[step]:
+                return None
+            if lane.executor.needs_timestep(step) or not lane.executor.prologues.is_exact(step, value):
+                signature, sample = variant.program.signature, given[steady.inputs[0]]
+                tensors[steady.inputs.index(steady.timestep)] = signature.canonical_timestep(
+                    timestep, sample.device, variant.program.batch_size
+                )
+        lane.latest, lane.doubtful = step, False
+        self._count += 1
+        self.calls += 1
+        lane.seen = self._count
+        outputs = self._advance(lane, step, tensors, value, running=True)
+        return (variant.program.outputs(outputs, steady.return_dict),)
+
+    def remember(self, bound: BoundCall, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Prepare for calls that go on like the one that has just been run."""
+        lane = self._latest
+        if lane is not None and lane.steady is None and lane.is_going:
+            lane.steady = Steady.of(lane.variant, bound, args, kwargs)
 
     def run(self, variant: Variant, bound: BoundCall) -> list[torch.Tensor] | None:
         """Run one call of the denoiser and move its lane forward; ``None`` if the original must run."""
@@ -109,26 +188,38 @@ class Generation:
             self._variants.history.unplanned(variant.program.macs)
             with variant.graph_mode():
                 return variant.executor(0).run_full(tensors)
+        if not running:
+            executor = variant.executor(step)
+            if step != variant.executor(0).plan.start:
+                self._missed(lane, again, value)
+            lane.executor, lane.cache = executor, {}
+            lane.rows, lane.steady = (), None
+            lane.weights = None
+            lane.stats = self._variants.history.begin()
+        self._latest = lane
+        return self._advance(lane, step, tensors, value, running)
+
+    def _advance(
+        self, lane: Lane, step: int, tensors: list[torch.Tensor], timestep: float | None, running: bool
+    ) -> list[torch.Tensor]:
+        """Run one step of a lane's plan, with what was computed when its run began, as long as that holds."""
+        executor, variant = lane.executor, lane.variant
         if running:
             self.matched += 1
             self._variants.followed()
-        else:
-            if step != lane.variant.executor(0).plan.start:
-                self._missed(lane, again, value)
-            lane.start, lane.cache = step, {}
-            lane.rows = ()
-            lane.weights = None
-            lane.stats = self._variants.history.begin()
         # If the step raises, the position is not known to have been reached: the next call must not go on from it.
         lane.position = None
         with variant.graph_mode():
-            outputs = self._step(lane, step, tensors, value)
+            watch = executor.prologues.weights
+            if lane.weights is None or watch.changed(lane.weights, step):  # a new run, or weights changed in the middle of one
+                lane.rows, lane.weights = executor.begin(tensors, lane.rows), watch.now()
+            exact = timestep is None or executor.prologues.is_exact(step, timestep)
+            outputs = executor.run_step(step, tensors, lane.cache, lane.rows, exact)
         lane.position = step + 1
-        if lane.position == lane.variant.mask.num_steps:
-            lane.rows = ()  # the run is over: memory that it has is for the next
+        if lane.position == variant.mask.num_steps:
+            lane.rows, lane.steady = (), None  # the run is over: memory that it has is for the next
         assert lane.stats is not None
-        plan = variant.executor(lane.start).plan
-        lane.stats.add(plan.steps[step].macs, plan.full_macs, followed=running)
+        lane.stats.add(executor.plan.steps[step].macs, executor.plan.full_macs, followed=running)
         return outputs
 
     def _missed(self, lane: Lane, again: bool, value: float | None) -> None:
@@ -165,15 +256,6 @@ class Generation:
         pairs = zip(names, lane.conditioning, other.conditioning, strict=True)
         return [name for name, a, b in pairs if a is not b and not (a.shape == b.shape and torch.equal(a, b))]
 
-    def _step(self, lane: Lane, step: int, tensors: list[torch.Tensor], timestep: float | None) -> list[torch.Tensor]:
-        """Run one step of a lane's plan, with what was computed when its run began, as long as that holds."""
-        executor = lane.variant.executor(lane.start)
-        weights = executor.prologues.weights_now()
-        if weights != lane.weights:  # a new run, or weights that were written to in the middle of one
-            lane.rows, lane.weights = executor.begin(tensors, lane.rows), weights
-        exact = timestep is None or executor.prologues.is_exact(step, timestep)
-        return executor.run_step(step, tensors, lane.cache, lane.rows, exact)
-
     def interrupt(self) -> None:
         """A call was answered by the original, of which lane nobody knows: none can go on from its caches."""
         for lane in self._lanes:
@@ -186,8 +268,7 @@ class Generation:
         """
         ambient = self._variants.ambient(bound)
         for lane in self._lanes:
-            running = lane.position is not None and 0 < lane.position < lane.variant.mask.num_steps
-            if running and lane.variant.fits(bound, ambient) and lane.variant.unchanged_in_step():
+            if lane.is_going and lane.variant.fits(bound, ambient) and lane.variant.unchanged_in_step():
                 return lane.variant
         return None
 
@@ -195,15 +276,42 @@ class Generation:
         """The lanes with this call's conditioning (the same tensors, unchanged, or else equal ones), at least one."""
         roles = variant.program.roles
         given = tuple(x for name, x in bound.tensors.items() if roles.get(name) == "conditioning")
+        versions = tuple(map(version_of, given))
         lanes = [lane for lane in self._lanes if lane.variant is variant]
-        for test in (_identical, _equal):
-            same = [x for x in lanes if all(map(test, given, x.conditioning, x.versions))]
-            if same:
-                return same
+        same = [lane for lane in lanes if lane.is_given(given, versions)]
+        if not same and self._predicts and lanes and not all(map(on_host, given)):
+            same = self._predicted(lanes, given, bound)
+        elif not same:
+            same = [x for x in lanes if x.versions == versions and all(map(torch.equal, given, x.copies))]
+        if same:
+            return same
         self._forget_idle_lanes()
-        lane = Lane(tuple(map(_held, given)), tuple(map(version_of, given)), variant)
+        lane = Lane(given, versions, tuple(map(_held, given)), variant, variant.executor(0))
         self._lanes.append(lane)
         return [lane]
+
+    def _predicted(self, lanes: list[Lane], given: tuple[torch.Tensor, ...], bound: BoundCall) -> list[Lane]:
+        """The lane whose turn it is, if a call with new tensors for its conditioning can be of one in progress.
+
+        To compare them with a lane's would wait for the device: whether they are equal is seen at a later call. While it is not
+        known yet how many lanes a step has, the timestep tells, if need be with a wait.
+        """
+        going = sorted((x for x in lanes if x.is_going), key=lambda x: x.seen)
+        going = [x for x in going if tuple(map(version_of, x.conditioning)) == x.versions]
+        if bound.timestep is None:
+            return [x for x in going if all(map(torch.equal, given, x.copies))]
+        if going and not self._clock.knows(bound.timestep) and all((x.position or 0) > 1 for x in going):
+            chosen = going[0]
+        else:
+            value, types = self._clock.read(bound.timestep), types_of(bound)
+            if value is None:
+                return []
+            turn = [x for x in going if x.variant.timetable.step_of(value, types, x.position) == x.position]
+            if not turn:
+                return []
+            chosen = turn[0]
+        self._clock.vouch(given, chosen.conditioning)
+        return [chosen]
 
     def _locate(self, siblings: list[Lane], bound: BoundCall) -> tuple[Lane, int | None, float | None]:
         """The lane, the step of the plan that a call is, and its timestep; the step is ``None`` if it must run in full."""
@@ -213,7 +321,7 @@ class Generation:
         if name is None:  # nothing but the count tells steps apart
             return lane, self._counted(lane), None
         timestep, timetable = bound.timestep, lane.variant.timetable
-        types = _types_of(bound, lane.variant)
+        types = types_of(bound)
         value = None if timestep is None else self._read_timestep(lane, timestep, timetable.tolerance(types))
         lane = self._choose(waiting, lambda x: None if value is None else timetable.step_of(value, types, x.position))
         step = None if value is None else timetable.step_of(value, types, lane.position)
@@ -241,22 +349,21 @@ class Generation:
             s is not None and lane.latest == s and lane.position is not None for lane, s in zip(waiting, steps, strict=True)
         ):
             first = waiting[0]
-            self._lanes.append(Lane(first.conditioning, first.versions, first.variant))
+            self._lanes.append(Lane(first.conditioning, first.versions, first.copies, first.variant, first.executor))
             return self._lanes[-1]
         return waiting[0]
 
     def _read_timestep(self, lane: Lane, timestep: Any, rounding: float) -> float | None:
         """The timestep's value. Waits for the device only where a marked generation cannot predict it."""
-        wrong = self._clock.wrong_prediction(rounding)
+        wrong = self._clock.wrong_prediction(rounding) if self._clock.pending else None
         if wrong is not None:
             for other in self._lanes:
                 other.forget()
             raise RuntimeError(
-                f"inside generation() a call was taken for timestep {wrong[0]:g}, but it was at {wrong[1]:g}; its result is "
-                "wrong. Mark each run of the sampling loop with a generation() of its own, and follow the plan's timesteps"
+                f"inside generation() a call was taken for {wrong}; its result is wrong. Mark each run of the sampling loop "
+                "with a generation() of its own, and follow the plan's timesteps"
             )
-        expected = lane.position is not None and lane.position < lane.variant.mask.num_steps
-        if self._predicts and expected and not self._clock.knows(timestep):
+        if self._predicts and lane.is_expected and not self._clock.knows(timestep):
             value = lane.variant.mask.timesteps[lane.position or 0]
             self._clock.predict(timestep, value)
             return value
@@ -312,25 +419,5 @@ class InferredGeneration(Generation):
 
 
 def _held(x: torch.Tensor) -> torch.Tensor:
-    """The tensor itself; of one whose changes nobody counts (made in inference mode) a copy, to compare with."""
-    return x.clone() if version_of(x) == -1 else x
-
-
-def _identical(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
-    return (
-        version_of(b) == version != -1
-        and a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-    )
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor, version: int) -> bool:
-    return version_of(b) == version and torch.equal(a, b)
-
-
-def _types_of(bound: BoundCall, variant: Variant) -> list[torch.dtype]:
-    """Types that a timestep may have been rounded to: its own, and the sample's."""
-    sample = bound.sample.dtype
-    return [bound.timestep.dtype, sample] if isinstance(bound.timestep, torch.Tensor) else [torch.float64, sample]
+    """The tensor itself; of one on the host whose changes nobody counts (made in inference mode) a copy, to compare with."""
+    return x.clone() if version_of(x) == -1 and on_host(x) else x

@@ -9,6 +9,7 @@ Anything else runs every block and drops what was cached.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import threading
@@ -47,6 +48,8 @@ from fxmask.storage.plans import save_mask
 
 # Of the accelerated model itself, rather than of the original. Libraries that move weights wrap ``forward``.
 OWN_STATE = MODULE_INTERNALS | {"training", "_fxmask", "forward", "_old_forward", "_hf_hook", COMPILED_CALL}
+
+NOTHING = contextlib.nullcontext()
 
 
 @dataclass
@@ -212,6 +215,11 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         if private.model.training:
             return private.model(*args, **kwargs)
+        generation, recording = self._generation(), torch.is_grad_enabled()
+        with torch.no_grad() if recording else NOTHING:
+            followed = generation.follow(args, kwargs, recording)
+        if followed is not None:
+            return followed[0]
         bound = private.bind(args, kwargs)
         if needs_gradients(bound.tensors):
             private.variants.warn(
@@ -222,7 +230,6 @@ class AcceleratedModel(torch.nn.Module):
             private.variants.history.unplanned(self.program.macs, original=True)
             return private.model(*args, **kwargs)
         with torch.no_grad():
-            generation = self._generation()
             variant = generation.variant_in_use(bound) or private.variants.of(bound)
             outputs = None if variant is None else generation.run(variant, bound)
             if variant is None:
@@ -232,6 +239,7 @@ class AcceleratedModel(torch.nn.Module):
                 result = private.model(*args, **kwargs)
                 private.variants.answered(bound)
                 return result
+            generation.remember(bound, args, kwargs)
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
 
     def _generation(self) -> Generation:

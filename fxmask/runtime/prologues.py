@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from fxmask._torch import versions_of
 from fxmask.backends.package import NotExportedError
 from fxmask.backends.protocol import PrologueCompiler
+from fxmask.guards.watch import WeightWatch
 from fxmask.ir.graph import attribute
 from fxmask.ir.program import Program
 from fxmask.passes.batch_steps import batch_steps
@@ -62,6 +62,11 @@ class PrologueRunner:
         """Whether the table's rows are computed for all steps at once; known for good after the first time."""
         return self.prologues.table is not None and self._wanted
 
+    @property
+    def completes(self) -> bool:
+        """Whether each step computes its own values of the timestep."""
+        return self.prologues.table is not None and not self._wanted
+
     def begin(self, tensors: Sequence[torch.Tensor]) -> list[PrecomputedRow]:
         """The precomputed values that can be had before the first step: one row per step, or none if there are none.
 
@@ -90,20 +95,11 @@ class PrologueRunner:
             return once, {}
 
     @functools.cached_property
-    def weights(self) -> list[torch.Tensor]:
+    def weights(self) -> WeightWatch:
         """What precomputed values are made of, besides the program's inputs."""
         modules = [part.graph_module for part in (self.prologues.once, self.prologues.table) if part is not None]
         found = [attribute(module, node) for module in modules for node in module.graph.find_nodes(op="get_attr")]
-        return list({id(x): x for x in found if isinstance(x, torch.Tensor)}.values())
-
-    @functools.cached_property
-    def _counted(self) -> list[torch.Tensor]:
-        """Of these, those whose changes are counted."""
-        return [x for x in self.weights if not x.is_inference()]
-
-    def weights_now(self) -> list[int]:
-        """Changes whenever weights that precomputed values are made of are written to or put elsewhere."""
-        return versions_of(self._counted) + list(map(torch.Tensor.data_ptr, self.weights))
+        return WeightWatch([x for x in found if isinstance(x, torch.Tensor)])
 
     def is_exact(self, step: int, timestep: float) -> bool:
         """Whether the table's row of a step was computed at this very timestep, not at one that counts as the same."""

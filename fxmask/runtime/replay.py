@@ -18,6 +18,7 @@ from fxmask._torch import copy_all as put
 from fxmask.backends.protocol import Capturer
 from fxmask.errors import BackendError
 from fxmask.guards.check import PLAIN_TENSORS
+from fxmask.guards.watch import WeightWatch
 from fxmask.ir.forecast import Cache, Slot
 from fxmask.ir.graph import attribute, value_bytes
 from fxmask.ir.plan import Plan
@@ -28,7 +29,6 @@ from fxmask.runtime.prologues import PrecomputedRow, Rows
 from fxmask.runtime.static_memory import MOST_RUNS, Lease, StaticMemory, Table, blank_like
 
 logger = logging.getLogger(__name__)
-WATCHED = 8  # steps in which the place of every weight is looked at once; when a run begins, all are looked at
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ReplayingExecutor(Executor):
         self._device = self.program.example.sample.device
         module = self.program.graph_module
         held = [attribute(module, node) for node in module.graph.find_nodes(op="get_attr")]
-        self._weights = list({id(x): x for x in held if type(x) in PLAIN_TENSORS and not x.is_meta}.values())
+        self._weights = WeightWatch([x for x in held if type(x) in PLAIN_TENSORS and not x.is_meta])
         self._changing = tuple(k for k, name in enumerate(self.program.inputs) if self.program.roles[name] != "conditioning")
         self._fixed = tuple(k for k in range(len(self.program.inputs)) if k not in self._changing)
         self._problem: str | None = None  # why nothing is recorded
@@ -190,18 +190,18 @@ class ReplayingExecutor(Executor):
 
     def _follow_weights(self, memory: StaticMemory) -> None:
         """Forget recordings of weights that lie elsewhere now; those that are recorded stay while the run may replay."""
-        addresses = list(map(torch.Tensor.data_ptr, self._weights))
-        if memory.addresses != addresses:
+        now = self._weights.now()
+        if memory.weights is None or memory.weights.places != now.places:
             memory.forget_recordings()
-            memory.addresses = addresses
+            memory.weights = now
             memory.held = []
         if not memory.held:
-            memory.held = [x.untyped_storage() for x in self._weights]
+            memory.held = [x.untyped_storage() for x in self._weights.weights]
 
     def _watch_weights(self, memory: StaticMemory, step: int) -> None:
         """The same for some of the weights, others in each step."""
-        k = step % WATCHED
-        if list(map(torch.Tensor.data_ptr, self._weights[k::WATCHED])) != memory.addresses[k::WATCHED]:
+        assert memory.weights is not None
+        if self._weights.moved(memory.weights, step):
             self._follow_weights(memory)
 
     # Each step
@@ -246,7 +246,7 @@ class ReplayingExecutor(Executor):
 
     def _completes(self, ready: Ready) -> bool:
         """Whether a step computes its own row of the table."""
-        return bool(ready.graph.precomputed) and self.prologues.prologues.table is not None and not self.prologues.is_batched
+        return bool(ready.graph.precomputed) and self.prologues.completes
 
     def _given(self, ready: Ready) -> tuple[int, ...]:
         """Positions of the inputs that change from step to step and that a step reads."""

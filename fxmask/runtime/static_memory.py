@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fxmask.guards.watch import WeightsState
 from fxmask.ir.forecast import Slot
 from fxmask.passes.assign_buffers import Buffers
 from fxmask.runtime.coefficients import Coefficients, aligned
@@ -122,7 +123,7 @@ class StaticMemory:
         outputs: by position and form, where recordings leave results.
         steps: by step, how it is replayed.
         recorded: by what decides it, a recording, where it leaves its results, and the forms of the values that it stores.
-        addresses: of the weights that the recordings read.
+        weights: how those were that the recordings read.
         held: these weights' memory, as long as a run may replay.
     """
 
@@ -135,7 +136,7 @@ class StaticMemory:
     outputs: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     steps: dict[int, Any] = field(default_factory=dict)
     recorded: dict[Hashable, Recording] = field(default_factory=dict)
-    addresses: list[int] = field(default_factory=list)
+    weights: WeightsState | None = None
     held: list[torch.UntypedStorage] = field(default_factory=list)
 
     @property

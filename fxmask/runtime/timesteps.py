@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fxmask.ir.calls import BoundCall
+
 # Largest relative error of a number after three roundings to a type: as it is made, scaled and cast.
 ROUNDING = {torch.bfloat16: 3 * 2**-9, torch.float16: 3 * 2**-12}
 BITS = {torch.bfloat16: 8, torch.float16: 11}  # of their significands
@@ -50,6 +52,12 @@ class Timetable:
     def _near(self, value: float, relative: float) -> list[int]:
         least = COUNTDOWN * self._scale
         return [i for i, t in enumerate(self.timesteps) if abs(t - value) <= relative * abs(t) + least]
+
+
+def types_of(bound: BoundCall) -> list[torch.dtype]:
+    """Types that the timestep of a call may have been rounded to: its own, and the sample's."""
+    sample = bound.sample.dtype
+    return [bound.timestep.dtype, sample] if isinstance(bound.timestep, torch.Tensor) else [torch.float64, sample]
 
 
 def _fits(value: float, kind: torch.dtype) -> bool:

@@ -59,6 +59,7 @@ class Variant:
         self.key = program.example.key
         self.ambient = program.ambient
         self.state = program.state
+        self.device_type = program.example.sample.device.type
         self.timetable = Timetable(mask.timesteps)
         self.graphs = GraphStore(program, backend, mode, compiler)
         changing = {k for k, name in enumerate(program.inputs) if program.roles[name] != "conditioning"}
@@ -84,6 +85,11 @@ class Variant:
         """Where the model would take another way than its graph; ``running``: a run's conditioning was looked at before."""
         asked = self._step_assumptions if running else self._assumptions
         return None if asked is None else asked.broken(tensors)
+
+    @property
+    def asks_in_steps(self) -> bool:
+        """Whether values of what changes from step to step decide which way the model takes."""
+        return self._step_assumptions is not None
 
     def graph_mode(self) -> contextlib.AbstractContextManager[Any]:
         """How its graphs run: what autocast casts is cast in them."""
