@@ -36,16 +36,15 @@ def load_case(
             inferred. Or the name of a shape (``SHAPES``), with random weights. Or a folder or a name on the hub of a diffusers
             model or pipeline, with its weights.
         batch: B; that of the call if not given.
-        device: on which it is built.
+        device: on which shapes are built, and to which others go.
         dtype: in which it is built; as it is if not given.
 
     Raises:
         InputError: there is no such model, or the function returns something else.
     """
+    torch.manual_seed(0)
     given = {"batch": batch, "device": device, "dtype": dtype}
-    with built_on(device, dtype):
-        torch.manual_seed(0)
-        made = _maker(case, device, dtype)(**{k: v for k, v in given.items() if v is not None})
+    made = _make(case, {name: value for name, value in given.items() if value is not None})
     model, call = made if isinstance(made, tuple) else (made, {})
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{case!r} returned {type(model).__name__}, not a torch.nn.Module (and a dict of arguments)")
@@ -70,12 +69,16 @@ def with_batch(model: torch.nn.Module, call: dict[str, Any], batch: int | None) 
     return resized
 
 
-def _maker(case: str, device: torch.device, dtype: torch.dtype | None) -> Callable[..., Any]:
+def _make(case: str, given: dict[str, Any]) -> Any:
+    """The model, or the model and its call, on the device or not yet."""
+    device, dtype = given["device"], given.get("dtype")
     if case in SHAPES:
-        return _taking_some(SHAPES[case])
+        with built_on(device, dtype):
+            return _taking_some(SHAPES[case])(**given)
     if ":" not in case and (Path(case).is_dir() or case.count("/") == 1):
-        return lambda **_: _pretrained(case, device, dtype)
-    return lambda **given: _from_code(case, given)
+        return _pretrained(case, device, dtype)
+    with built_on(CPU, dtype):  # a function may draw numbers with a generator of its own, which is the CPU's
+        return _from_code(case, given)
 
 
 def _from_code(case: str, given: dict[str, Any]) -> Any:

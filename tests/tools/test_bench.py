@@ -174,6 +174,13 @@ def test_a_function_may_take_batch_and_type(case):
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_function_with_a_generator_of_its_own(case):
+    """Which is the CPU's, and draws nothing on another device."""
+    model, call = bench_cases.load_case(f"{case}:tiny", 3, torch.device("meta"), torch.float16)
+    assert {x.device.type for x in [*model.parameters(), *call.values()]} == {"meta"}
+    assert (len(call["x"]), call["x"].dtype, call["t"].dtype) == (3, torch.float16, torch.int64)
+
+
 def test_what_does_not_fit_is_a_row(case, monkeypatch, uncompiled, capsys):
     """A configuration, and in a table a whole model."""
     compiled = Bench._compile
