@@ -19,68 +19,84 @@ from fxmask._torch import STANDALONE_LOGGER, inductor_compile, quiet_loggers, tr
 from fxmask.backends.generated_code import collected_code
 from fxmask.backends.layouts import Layouts
 from fxmask.backends.straight_line import chain_regions, restride
-from fxmask.backends.toolchain import cpu_compiler_problem
+from fxmask.backends.toolchain import cpu_compiler_problem, gpu_compiler_problem
 from fxmask.ir.graph import is_view, placeholders
 from fxmask.passes.lift_weights import lift_weights
 from fxmask.passes.merge_regions import COMPILATION_NODES, Vocabulary
 
 logger = logging.getLogger(__name__)
+CPU_REMEDY = "Install g++ or clang, or set CXX, and accelerate again"
 BUDGET = 4.0  # regions have at most this many times the nodes of the largest step graph
 compilations = 0  # by this process; tests count them
 _counting = threading.Lock()
 
 
 def can_compile(graph_module: fx.GraphModule) -> bool:
-    """Whether Inductor works for this graph's device; warns if not."""
-    on_cpu = all(p.device.type == "cpu" for p in list(graph_module.parameters()) + list(graph_module.buffers()))
-    problem = cpu_compiler_problem() if on_cpu else None
-    if problem is not None:
-        warnings.warn(
-            f"no working C++ compiler, so step graphs run eagerly: {problem}. "
-            "Install g++ or clang, or set CXX, and accelerate again; or pass backend='eager' to silence this.",
-            stacklevel=3,
+    """Whether Inductor works for this graph's device; warns if not, once for the graphs of a compiler."""
+    device = device_type(graph_module)
+    if device == "cpu":
+        problem = cpu_compiler_problem()
+        why = problem and f"no working C++ compiler, so step graphs run eagerly: {problem}. {CPU_REMEDY}"
+    elif device == "cuda":
+        problem = gpu_compiler_problem()
+        why = problem and f"Triton cannot compile here, so step graphs run eagerly: {problem}, and accelerate again"
+    elif device == "meta":  # has no values to run on
+        why = None
+    else:
+        why = (
+            f"step graphs have not been compiled on a device of type {device!r} yet, only on CPUs and NVIDIA GPUs (cuda), so "
+            "they run eagerly, which skips the same blocks"
         )
-    return problem is None
+    if why:
+        warnings.warn(f"{why}; or pass backend='eager' to silence this.", stacklevel=3)
+    return not why
 
 
-class _Prologues:
-    """What runs once per generation: compiled on a GPU, where each of its many operators would be a launch of its own.
+def device_type(graph_module: fx.GraphModule) -> str:
+    """What a graph runs on, by its weights and arguments; numbers may lie on the CPU beside a GPU's tensors."""
+    values = [node.meta.get("val") for node in placeholders(graph_module.graph)]
+    tensors = [*graph_module.parameters(), *graph_module.buffers(), *(x for x in values if isinstance(x, torch.Tensor))]
+    return next((x.device.type for x in tensors if x.device.type != "cpu"), "cpu")
 
-    On a CPU it runs operator by operator: it takes less time than compiling it would, for hundreds of images.
-    """
+
+class _Compiles:
+    """What compilers of this module share: without a compiler for their device, graphs run eagerly, with one warning."""
+
+    def __init__(self) -> None:
+        self.layouts = Layouts()
+        self._works: bool | None = None
+
+    def compiles(self, graph_module: fx.GraphModule) -> bool:
+        """``can_compile``, asked once: all graphs of a program are on one device."""
+        if self._works is None:
+            self._works = can_compile(graph_module)
+        return self._works
 
     def compile_once(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
-        """A callable that computes what a graph that is no step's computes."""
-        if not _is_on_gpu(graph_module) or not can_compile(graph_module):
+        """A callable that computes what a graph that is no step's computes, once per run.
+
+        On a GPU it is compiled: each of its many operators would be a launch of its own. On a CPU compiling takes longer than it
+        saves in hundreds of images, so that it runs operator by operator.
+        """
+        if device_type(graph_module) != "cuda" or not self.compiles(graph_module):
             return graph_module
         return Compiled(*lift_weights(graph_module))
 
     def compile_batched(self, row: fx.GraphModule, num_steps: int, trace: Callable[[], fx.GraphModule]) -> Callable[..., Any]:
-        """A callable that computes ``trace()``, which is ``row`` for all steps at once."""
+        """The same for ``trace()``, which is ``row`` for all steps at once."""
         traced = trace()
-        return Compiled(traced, ()) if _is_on_gpu(row) and can_compile(row) else traced
+        return Compiled(traced, ()) if device_type(row) == "cuda" and self.compiles(row) else traced
 
 
-def _is_on_gpu(graph_module: fx.GraphModule) -> bool:
-    values = (node.meta.get("val") for node in graph_module.graph.nodes)
-    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in values)
-
-
-class WholeGraphs(_Prologues):
-    """Each step graph is one compilation, at its first call, for the shapes and memory layouts of that call.
-
-    Without a C++ compiler a CPU graph runs eagerly, with a warning.
-    """
-
-    def __init__(self) -> None:
-        self.layouts = Layouts()
+class WholeGraphs(_Compiles):
+    """Each step graph is one compilation, at its first call, for the shapes and memory layouts of that call."""
 
     def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """Nothing depends on other graphs."""
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable that compiles at its first call."""
-        if not can_compile(graph_module):
+        if not self.compiles(graph_module):
             return graph_module
         laid_out = self.layouts.apply(graph_module)
         lifted, weights = lift_weights(laid_out)
@@ -89,18 +105,18 @@ class WholeGraphs(_Prologues):
         return following(self.layouts, Compiled(lifted, weights, strides_of(laid_out)))
 
 
-class Regions(_Prologues):
+class Regions(_Compiles):
     """Step graphs in parts; equal parts, of whatever step graph, are one compilation."""
 
     def __init__(self) -> None:
-        self.layouts = Layouts()
+        super().__init__()
         self._vocabulary = Vocabulary()
         self._compiled: dict[str, Compiled] = {}
         self._prepared = False
 
     def prepare(self, graph_modules: Sequence[fx.GraphModule]) -> None:
         """Choose the parts, so that compiling them costs about as much as ``BUDGET`` times the largest graph."""
-        if not self._prepared:
+        if not self._prepared and graph_modules and self.compiles(graph_modules[0]):
             largest = max(
                 sum(node.op == "call_function" and not is_view(node) for node in g.graph.nodes) for g in graph_modules
             )
@@ -110,7 +126,7 @@ class Regions(_Prologues):
 
     def compile(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable whose parts compile at their first call."""
-        if not can_compile(graph_module):
+        if not self.compiles(graph_module):
             return graph_module
         laid_out = self.layouts.apply(graph_module)
         regions = self._vocabulary.split(laid_out)

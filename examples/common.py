@@ -14,7 +14,9 @@ import torch
 
 import fxmask
 from fxmask.metrics import psnr
+from fxmask.timing import timed
 from fxmask.tools.draw import draw_mask
+from fxmask.tools.place import DTYPES, require_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,18 +28,32 @@ def parse_arguments(description: str, output: str) -> argparse.Namespace:
     """The options that every example takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", help="name of a pipeline on the hub, or a local folder; default: the shipped digits model")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="type of the model and its samples")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--speedup", type=float, default=2.0, help="asked-for ratio of MACs, or of seconds with --cost latency")
     parser.add_argument("--max-graphs", type=int, default=5, help="at most this many step graphs; 0: no limit")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM, 1: stochastic")
     parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} fresh samples to compare")
     parser.add_argument("--repeats", type=int, default=5, help="timed sampling runs of each kind")
-    parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "inductor", "cudagraph", "eager"))
     parser.add_argument("--effort", default="quick", choices=("quick", "default"), help="how long to learn")
     parser.add_argument("--cost", default="macs", choices=("macs", "latency"), help="what the speed-up is asked for in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(output), help="where to write the picture")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.dtype = DTYPES[options.dtype]
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    return options
+
+
+def device(name: str) -> torch.device:
+    """The device of that name, or an error of the command line that says what there is."""
+    try:
+        return require_device(name)
+    except fxmask.InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def compare(
@@ -50,7 +66,7 @@ def compare(
     """Accelerate ``model`` and compare it with itself under torch.compile.
 
     Args:
-        model: the denoiser.
+        model: the denoiser, on the device and in the type of the options; noise and conditioning follow it.
         scheduler: its sampler.
         options: from ``parse_arguments``.
         example_inputs: conditioning, as for ``fxmask.accelerate``.
@@ -93,11 +109,12 @@ def compare(
     fewer = torch.cat(
         [psnr(record(fewer_steps, seed).final, trajectory.final) for seed, trajectory in zip(seeds, fresh, strict=True)]
     )
-    baseline = torch.compile(model, fullgraph=True, dynamic=False) if options.backend == "inductor" else model
+    baseline = torch.compile(model, fullgraph=True, dynamic=False) if options.backend != "eager" else model
     seconds = time_interleaved(
         {"model": lambda: fresh[0].rollout(baseline), "fxmask": lambda: fresh[0].rollout(accelerated)}, options.repeats
     )
     rows = {
+        "device and type": f"{options.device}, {str(options.dtype).removeprefix('torch.')}",
         "steps": f"{options.steps}",
         "MAC ratio (ideal speed-up)": f"{accelerated.plan.mac_ratio:.2f}x",
         f"measured speed-up, {options.backend}": f"{seconds['model'] / seconds['fxmask']:.2f}x",
@@ -109,8 +126,8 @@ def compare(
     print()
     for name, value in rows.items():
         print(f"{name:<32} {value}")
-    reference = decode(torch.cat([trajectory.final for trajectory in fresh]))
-    draw(reference, decode(torch.cat(samples)), accelerated, options.output)
+    images = [decode(torch.cat(x)).float().cpu() for x in ([trajectory.final for trajectory in fresh], samples)]
+    draw(*images, accelerated, options.output)
     print(f"{'picture':<32} {options.output}")
 
 
@@ -126,9 +143,7 @@ def time_interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(timed(run)[0])  # a GPU's work included
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -9,8 +9,8 @@ from digits import load_model, load_scheduler
 if __name__ == "__main__":
     options = parse_arguments(__doc__, "build/ddpm.png")
     if options.model:
-        pipeline = DDPMPipeline.from_pretrained(options.model)
+        pipeline = DDPMPipeline.from_pretrained(options.model, torch_dtype=options.dtype)
         model, scheduler = pipeline.unet.eval(), DDIMScheduler.from_config(pipeline.scheduler.config)
     else:
         model, scheduler = load_model("ddpm"), load_scheduler()
-    compare(model, scheduler, options)
+    compare(model.to(options.device, options.dtype), scheduler, options)

@@ -19,14 +19,15 @@ if __name__ == "__main__":
     options = parse_arguments(__doc__, "build/dit.png")
     decode = torch.Tensor.detach  # the digits model works on pixels
     if options.model:
-        pipeline = DiTPipeline.from_pretrained(options.model)
+        pipeline = DiTPipeline.from_pretrained(options.model, torch_dtype=options.dtype)
         model, scheduler = pipeline.transformer.eval(), DDIMScheduler.from_config(pipeline.scheduler.config)
 
         @torch.no_grad()
         def decode(latents: torch.Tensor) -> torch.Tensor:
-            vae = pipeline.vae
+            vae = pipeline.vae.to(options.device)
             return vae.decode(latents / vae.config.scaling_factor).sample
 
     else:
         model, scheduler = load_model("dit"), load_scheduler()
+    model = model.to(options.device, options.dtype)
     compare(model, scheduler, options, class_labels(NUM_CLASSES[bool(options.model)]), decode)

@@ -17,17 +17,23 @@ PROMPTS = ["a photo of a cat", "a red house by the sea", "a bowl of fruit, oil p
 @torch.no_grad()
 def encoded_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> Callable[[int, torch.Generator], dict[str, Any]]:
     """Random prompts, as the conditioning that only the user can know."""
-    states, _ = pipeline.encode_prompt(prompts, "cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    states, _ = pipeline.encode_prompt(prompts, pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
 
     def draw(batch_size: int, generator: torch.Generator) -> dict[str, Any]:
-        return {"encoder_hidden_states": states[torch.randint(len(prompts), (batch_size,), generator=generator)]}
+        return {
+            "encoder_hidden_states": states[torch.randint(len(prompts), (batch_size,), generator=generator).to(states.device)]
+        }
 
     return draw
 
 
 if __name__ == "__main__":
     options = parse_arguments(__doc__, "build/ldm.png")
-    pipeline = StableDiffusionPipeline.from_pretrained(options.model) if options.model else load_pipeline("ldm")
+    if options.model:
+        pipeline = StableDiffusionPipeline.from_pretrained(options.model, torch_dtype=options.dtype)
+    else:
+        pipeline = load_pipeline("ldm")
+    pipeline.to(options.device, options.dtype)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
     @torch.no_grad()

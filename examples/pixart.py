@@ -25,10 +25,10 @@ def encoded_prompts(
     pixels = float(config.sample_size * pipeline.vae_scale_factor)
 
     def draw(batch_size: int, generator: torch.Generator) -> dict[str, Any]:
-        chosen = torch.randint(len(prompts), (batch_size,), generator=generator)
+        chosen = torch.randint(len(prompts), (batch_size,), generator=generator).to(states.device)
         size: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if pipeline.transformer.use_additional_conditions:
-            size = {"resolution": torch.full((batch_size, 2), pixels), "aspect_ratio": torch.ones(batch_size, 1)}
+            size = {"resolution": states.new_full((batch_size, 2), pixels), "aspect_ratio": states.new_ones(batch_size, 1)}
         return {
             "encoder_hidden_states": states[chosen],
             "encoder_attention_mask": mask[chosen],
@@ -40,7 +40,11 @@ def encoded_prompts(
 
 if __name__ == "__main__":
     options = parse_arguments(__doc__, "build/pixart.png")
-    pipeline = PixArtAlphaPipeline.from_pretrained(options.model) if options.model else load_pipeline("pixart")
+    if options.model:
+        pipeline = PixArtAlphaPipeline.from_pretrained(options.model, torch_dtype=options.dtype)
+    else:
+        pipeline = load_pipeline("pixart")
+    pipeline.to(options.device, options.dtype)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
     @torch.no_grad()

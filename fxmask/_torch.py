@@ -68,6 +68,7 @@ __all__ = [
     "inductor_compile",
     "is_transformed",
     "make_fx",
+    "occupy_gpu",
     "own_submodules",
     "own_tensors",
     "own_tensors_by_name",
@@ -383,6 +384,15 @@ def collected_output_code(keep: Callable[[str], Any]) -> Iterator[None]:
 def registered_operators() -> frozenset[str]:
     """Names of all operators that PyTorch's dispatcher knows now: ``aten::add.Tensor``, ``aten::relu``."""
     return frozenset(torch._C._dispatch_get_all_op_names())
+
+
+GPU_HERTZ = 2.2e9  # above the clock rate of any GPU so far: counting so many cycles takes a second, or somewhat longer
+
+
+def occupy_gpu(device: torch.device, seconds: float) -> None:
+    """Let a GPU's current stream do nothing for at least so long, so that launches get ahead of it; there is no public way."""
+    with torch.cuda.device(device):
+        torch.cuda._sleep(int(seconds * GPU_HERTZ))  # type: ignore[no-untyped-call]
 
 
 def aoti_compile(exported: torch.export.ExportedProgram, path: Path) -> None:

@@ -19,5 +19,5 @@ def timed(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

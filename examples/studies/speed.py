@@ -23,6 +23,7 @@ import torch
 
 from fxmask.tools import bench as benchmark
 from fxmask.tools.bench import PLAIN, Bench, Configuration, Measurement
+from fxmask.tools.bench_cold import time_cold
 from fxmask.tools.bench_report import draw, to_markdown
 
 Case = tuple[torch.nn.Module, dict[str, Any]]
@@ -159,7 +160,7 @@ def cold(repeats: int) -> list[Measurement]:
     ]
     rows: list[Measurement] = []
     for name, case, variant, steps, base in jobs:
-        result = benchmark.time_cold(case, variant, steps)
+        result = time_cold(case, variant, steps)
         row = Measurement(name, cold_seconds=result["seconds"], peak_bytes=result["peak_bytes"])
         row.compilations = result["compilations"] if variant.ratio else None
         row.cold_ratio = result["seconds"] / (rows[base].cold_seconds or 1) if base is not None else None

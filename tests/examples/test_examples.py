@@ -134,18 +134,43 @@ def test_conditioning_is_what_the_pipeline_passes(name):
     torch.testing.assert_close(given, expected)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dit", *TEXT])
-def test_example(name, tmp_path):
+def run_example(name, *options):
+    common = ["--steps", "4", "--speedup", "1.4", "--batches", "1", "--repeats", "1"]
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *common, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in ("ddpm", "dit", *TEXT)), ("pixart", "bfloat16")])
+def test_example(name, dtype, tmp_path):
     if name in TEXT:
         pytest.importorskip("transformers")
     picture = tmp_path / "out.png"
-    options = ["--steps", "4", "--speedup", "1.4", "--batches", "1", "--repeats", "1", "--backend", "eager"]
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *options, "--output", str(picture)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    options = ["--backend", "eager", "--device", "cpu", "--dtype", dtype, "--output", str(picture)]
+    result = run_example(name, *options)
     assert result.returncode == 0, result.stderr
+    assert f"cpu, {dtype}" in result.stdout
     for line in ("MAC ratio", "measured speed-up", "PSNR", "distinct step graphs", "learning and compilation"):
         assert line in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_example_on_a_gpu_that_is_not_there():
+    result = run_example("ddpm", "--device", "cuda")
+    assert result.returncode == 2
+    assert "argument --device: device 'cuda'" in result.stderr
+    assert "sees no NVIDIA GPU" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("backend", ["inductor", "cudagraph"])
+@pytest.mark.parametrize("name", ["ddpm", "dit", *TEXT])
+def test_example_on_a_gpu(name, backend, tmp_path):
+    options = ["--backend", backend, "--device", "cuda", "--dtype", "bfloat16", "--output", str(tmp_path / "out.png")]
+    result = run_example(name, *options)
+    assert result.returncode == 0, result.stderr
+    assert "cuda:0, bfloat16" in result.stdout
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

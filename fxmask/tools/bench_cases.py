@@ -1,0 +1,128 @@
+"""MODEL of the command line: the denoiser that it names, and the arguments of one call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxmask._torch import pytree
+from fxmask.errors import InputError
+from fxmask.ir.calls import Signature
+from fxmask.tools.bench_shapes import SETS, SHAPES, diffusers_package
+from fxmask.tools.place import built_on, placed
+
+CPU = torch.device("cpu")
+
+
+def cases_of(name: str) -> tuple[str, ...]:
+    """The models that a name stands for: those of a set, or one."""
+    return SETS.get(name, (name,))
+
+
+def load_case(
+    case: str, batch: int | None = None, device: torch.device = CPU, dtype: torch.dtype | None = None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The denoiser and the arguments of one call.
+
+    Args:
+        case: ``"file.py:function"`` or ``"package.module:function"``: the function takes nothing, or some of ``batch``,
+            ``device`` and ``dtype``, and returns the model, or the model and a dict of arguments; missing arguments are
+            inferred. Or the name of a shape (``SHAPES``), with random weights. Or a folder or a name on the hub of a diffusers
+            model or pipeline, with its weights.
+        batch: B; that of the call if not given.
+        device: on which shapes are built, and to which others go.
+        dtype: in which it is built; as it is if not given.
+
+    Raises:
+        InputError: there is no such model, or the function returns something else.
+    """
+    torch.manual_seed(0)
+    given = {"batch": batch, "device": device, "dtype": dtype}
+    made = _make(case, {name: value for name, value in given.items() if value is not None})
+    model, call = made if isinstance(made, tuple) else (made, {})
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{case!r} returned {type(model).__name__}, not a torch.nn.Module (and a dict of arguments)")
+    model = model.eval()
+    if device.type != "cpu" or dtype is not None:
+        torch.nn.Module.to(model, device, dtype)  # diffusers' own warns of types that were never set
+        call = placed(call, device, dtype)
+    return model, with_batch(model, dict(call), batch)
+
+
+def with_batch(model: torch.nn.Module, call: dict[str, Any], batch: int | None) -> dict[str, Any]:
+    """The call for another batch: rows of its tensors are repeated, or left out."""
+    sample = call.get(Signature.of(model).sample)
+    if batch is None or not isinstance(sample, torch.Tensor) or len(sample) == batch:
+        return call
+    count = len(sample)
+
+    def resize(x: torch.Tensor) -> torch.Tensor:
+        return x[torch.arange(batch, device=x.device) % count] if x.dim() and len(x) == count else x
+
+    resized: dict[str, Any] = pytree.tree_map_only(torch.Tensor, resize, call)
+    return resized
+
+
+def _make(case: str, given: dict[str, Any]) -> Any:
+    """The model, or the model and its call, on the device or not yet."""
+    device, dtype = given["device"], given.get("dtype")
+    if case in SHAPES:
+        with built_on(device, dtype):
+            return _taking_some(SHAPES[case])(**given)
+    if ":" not in case and (Path(case).is_dir() or case.count("/") == 1):
+        return _pretrained(case, device, dtype)
+    with built_on(CPU, dtype):  # a function may draw numbers with a generator of its own, which is the CPU's
+        return _from_code(case, given)
+
+
+def _from_code(case: str, given: dict[str, Any]) -> Any:
+    """What the function of a file or a module returns."""
+    place, _, name = case.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return _taking_some(getattr(module, name))(**given)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{case!r} is no function that makes a denoiser: {error}; give file.py:function, one of {sorted(SHAPES)}, or a "
+            "folder or a name on the hub (owner/name)"
+        ) from error
+
+
+def _taking_some(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, given those of our arguments that it takes."""
+    parameters = inspect.signature(function).parameters
+    return lambda **given: function(**{k: v for k, v in given.items() if k in parameters})
+
+
+def _pretrained(name: str, device: torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
+    """A diffusers model, or the denoiser of a pipeline, with its weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    loader, reasons = diffusers_package().AutoModel, []
+    for subfolder in (None, "transformer", "unet"):
+        where = {} if subfolder is None else {"subfolder": subfolder}
+        try:
+            model: torch.nn.Module = loader.from_pretrained(name, torch_dtype=dtype, **where).to(device)
+            return model
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a hub, of a file, of a class
+            reasons.append(
+                f"{subfolder or 'itself'}: {str(error).splitlines()[0][:150] if str(error) else type(error).__name__}"
+            )
+    raise InputError(f"{name!r} is no diffusers model, and no pipeline with a transformer or a U-Net ({'; '.join(reasons)})")
