@@ -75,8 +75,8 @@ class _Compiles:
     def compile_once(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
         """A callable that computes what a graph that is no step's computes, once per run.
 
-        On a GPU it is compiled: each of its many operators would be a launch of its own. On a CPU compiling takes longer than it
-        saves in hundreds of images, so that it runs operator by operator.
+        On a GPU it is compiled: each of its many operators would be a launch of its own. On a CPU compiling takes longer than
+        it saves in hundreds of images, so that it runs operator by operator.
         """
         if device_type(graph_module) != "cuda" or not self.compiles(graph_module):
             return graph_module
