@@ -5,7 +5,8 @@
         fxmask.accelerate(model, ...)       all of it runs, and a tensor that was left on the CPU raises, as on a real GPU
 
 Operators run on the CPU, so results are the CPU's. Attention's result has the memory of a GPU's (``without_a_gpu.LAYOUTS``).
-Where a graph is made, PyTorch sees fake CUDA tensors. Not emulated: streams, memory, and anything of Inductor or Triton.
+Where a graph is made, PyTorch sees fake CUDA tensors. Not emulated: streams, memory, generators, and anything of Inductor or
+Triton. Not refused: what autograd's own formulas mix while they go back, and single numbers beside what they are combined with.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from without_a_gpu import CUDA, SDPA, gpu
 
 aten = torch.ops.aten
 ATTENTION = (torch.nn.functional.scaled_dot_product_attention, SDPA, aten.scaled_dot_product_attention)
-# Operators that take tensors of several devices: copies, and indices
-ACROSS = (aten._to_copy, aten.copy_, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+COPIES = (aten._to_copy, aten.copy_)
+INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)  # a GPU's tensor, by indices of either
 # What Python is told of every tensor here
 SAYS = {torch.Tensor.device.__get__: CUDA, torch.Tensor.is_cuda.__get__: True, torch.Tensor.is_cpu.__get__: False}  # type: ignore[attr-defined]
 
@@ -131,7 +132,9 @@ def refuse_mixed(func: Any, tensors: list[torch.Tensor]) -> None:
     on_cpu = [x for x in tensors if not isinstance(x, OnGpu)]
     pointwise = torch.Tag.pointwise in func.tags
     wrong = [x for x in on_cpu if x.dim() or not pointwise] if not _happening["backward"] else []
-    if wrong and len(on_cpu) < len(tensors) and func.overloadpacket not in ACROSS:
+    packet = func.overloadpacket
+    taken = packet in COPIES or (packet in INDEXED and isinstance(tensors[0], OnGpu))
+    if wrong and len(on_cpu) < len(tensors) and not taken:
         shapes = [f"{list(x.shape)} on {'cuda:0' if isinstance(x, OnGpu) else x.device}" for x in tensors]
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, got {', '.join(shapes)}")
 
