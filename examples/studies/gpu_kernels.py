@@ -9,7 +9,8 @@ is the step graph's kernels by these. ``copies`` are kernels that compute nothin
 store it. Nothing runs, so this says how many kernels there are, not how long they take.
 
 Measurements are kept in ``examples/results/gpu_kernels.json``; ``--write`` puts the table of all that is there into
-``examples/results/gpu_kernels.md``, in front of the remarks.
+``examples/results/gpu_kernels.md``, in front of the remarks. Models and types that are not asked for stay as they
+were; to write the table alone, ask for no model: ``--models "" --write``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,10 +134,13 @@ def abstract(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> Program
         return fxmask.capture(gpu.on_gpu(model))
 
 
-def live_alone(program: Program, plan: Plan, step: int) -> fx.GraphModule:
-    """The graph of what a step computes and of nothing else, with its cached values as arguments: no stores, no forecasts."""
+def live_alone(program: Program, plan: Plan, step: int, precomputed: Mapping[str, str] | None = None) -> fx.GraphModule:
+    """The graph of what a step computes and of nothing else, with its cached values as arguments: no stores, no forecasts.
+
+    With ``precomputed`` (as for ``build_step_graph``), the timestep's and the conditioning's values are arguments, too.
+    """
     given = tuple(load._replace(terms=((load.slots[0], 1.0),)) for load in plan.steps[step].load)
-    return build_step_graph(program, given, (), (step,)).graph_module
+    return build_step_graph(program, given, (), (step,), precomputed=precomputed).graph_module
 
 
 def steps_of(plan: Plan) -> list[int]:
@@ -209,11 +213,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [row_of(row) for pair in order for row in rows if (row["model"], row["dtype"]) == pair])
 
 
-def keep(rows: list[dict[str, Any]], start: float, row: dict[str, Any]) -> None:
-    """Add a row to those that are there, and save all."""
-    rows.append(row)
-    print(f"{time.monotonic() - start:5.0f} s {row_of(row)}", flush=True)
+def measured() -> list[dict[str, Any]]:
+    """All rows that are there; read anew each time, because another process may measure another model."""
+    rows: list[dict[str, Any]] = json.loads(MEASURED.read_text()) if MEASURED.exists() else []
+    return rows
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """In place of those that are there."""
     MEASURED.write_text(json.dumps(rows, indent=1))
+
+
+def keep(start: float, row: dict[str, Any]) -> None:
+    """Add a row to those that are there."""
+    save([*measured(), row])
+    print(f"{time.monotonic() - start:5.0f} s {row_of(row)}", flush=True)
 
 
 def main() -> None:
@@ -224,13 +238,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", action="store_true", help="keep the table in the results")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(MEASURED.read_text()) if MEASURED.exists() else []
     for name in filter(None, options.models.split(",")):
         for dtype in options.dtypes.split(","):
-            rows = [row for row in rows if (row["model"], row["dtype"]) != (name, dtype)]
-            start = time.monotonic()
-
-            measure(name, dtype, options.steps, functools.partial(keep, rows, start))
+            save([row for row in measured() if (row["model"], row["dtype"]) != (name, dtype)])
+            measure(name, dtype, options.steps, functools.partial(keep, time.monotonic()))
+    rows = measured()
     print(table(rows))
     if options.write:
         remarks = RESULTS.read_text().partition(REMARKS)[2] if RESULTS.exists() else "\n"

@@ -10,105 +10,38 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import pytest
-import torch
-from conftest import TinyTransformer, ddim
+from pages import PAGES, README, ROOT, WITH_CODE, Block, blocks_of, name_of, names_of_pages, registries
 
 import fxmask
-from fxmask.backends import BACKENDS
-from fxmask.passes import observer
 
-ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("fxmask/*", "fxmask/learning/paper", "passes", "backends", "tests", "examples")
-BLOCK = re.compile(r"(?P<mark><!-- not run: [^>]+ -->\n)?^```python\n(?P<code>.*?)^```$", re.S | re.M)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)|<img[^>]* src=\"(?P<source>[^\"]+)\"")
 # What a name in the blocks that are not run is, besides ``fxmask`` itself.
 KNOWN: dict[str, Any] = {"fxmask": fxmask, "accelerated": fxmask.AcceleratedModel, "program": fxmask.Program}
 
 
-class Block(NamedTuple):
-    """A code block of a page."""
-
-    page: Path
-    line: int
-    code: str
-    runs: bool
-
-    def compiled(self) -> Any:
-        """Its code object; errors point at the page's own lines."""
-        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
-
-
-def blocks_of(page: Path) -> list[Block]:
-    """The Python blocks of a page, in order."""
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(page, text.count("\n", 0, match.start("code")) + 1, match["code"], not match["mark"])
-        for match in BLOCK.finditer(text)
-    ]
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-WITH_CODE = [page for page in PAGES if blocks_of(page)]
-
-
 @pytest.fixture(scope="module")
 def prelude() -> dict[str, Any]:
     """The names that every page may use."""
-    torch.manual_seed(0)
-    model, scheduler, example_inputs = TinyTransformer().eval(), ddim(), {"x": torch.randn(2, 6, 4)}
-    calls = [
-        fxmask.record(model, scheduler, num_inference_steps=6, batch_size=2, example_inputs=example_inputs, seed=seed)
-        for seed in range(2)
-    ]
-    program = fxmask.capture(model, calls[0].calls[0][0])
-    mask = fxmask.policies.interval(2)(program, calls[0].timesteps)
-    plan = fxmask.rectify(program, mask)
-    return {
-        "fxmask": fxmask,
-        "torch": torch,
-        "model": model,
-        "scheduler": scheduler,
-        "example_inputs": example_inputs,
-        "calls": calls,
-        "program": program,
-        "mask": mask,
-        "plan": plan,
-        "accelerated": fxmask.compile(program, plan, backend="eager"),
-    }
+    return names_of_pages()
 
 
-@pytest.fixture
-def _registries() -> Iterator[None]:
-    """A page may register backends and passes; the next one does not find them."""
-    kept = [(registry, dict(registry)) for registry in (BACKENDS, observer.DECLARED)]
-    yield
-    for registry, before in kept:
-        registry.clear()
-        registry.update(before)
-
-
-@pytest.mark.usefixtures("_registries")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_code(page: Path, prelude: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     scope = {**prelude, "folder": tmp_path, "__name__": "page"}
-    for block in blocks_of(page):
-        if block.runs:
-            exec(block.compiled(), scope)
-        else:
-            check_names(block)
+    with registries():
+        for block in blocks_of(page):
+            if block.runs:
+                exec(block.compiled(), scope)
+            else:
+                check_names(block)
 
 
 def check_names(block: Block) -> None:
@@ -183,8 +116,8 @@ def test_names_are_checked_where_code_is_not_run(tmp_path: Path) -> None:
     """The check itself: a name, an option and a method that do not exist."""
     for code in ("fxmask.lern(program)", "fxmask.learn(program, calls, spedup=2)", "accelerated.generations()"):
         with pytest.raises(AssertionError, match="page:1"):
-            check_names(Block(ROOT / "page", 1, code, False))
-    check_names(Block(ROOT / "page", 1, "fxmask.learn(program, calls, speedup=2); accelerated.save('x')", False))
+            check_names(Block(ROOT / "page", 1, code, "for a reason"))
+    check_names(Block(ROOT / "page", 1, "fxmask.learn(program, calls, speedup=2); accelerated.save('x')", "for a reason"))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *(ROOT.glob("*/README.md")), *ROOT.glob("fxmask/**/README.md")], ids=name_of)

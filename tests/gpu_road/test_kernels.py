@@ -16,6 +16,7 @@ import fxmask
 from fxmask.backends.inductor import WholeGraphs, parts_of
 from fxmask.passes.lift_weights import lift_weights
 from fxmask.runtime.graph_store import GraphStore
+from fxmask.tools.bench_masks import random_mask, timesteps_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,59 @@ def test_step_graphs_need_no_more_kernels_than_plain_compilation(plain, step_cod
     stores, loads = step_codes
     assert count(stores) <= count(plain)
     assert count(loads) < count(stores)
+
+
+# Inductor's code for eight graphs: minutes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "ddpm"])
+def test_kernels_of_the_shipped_models(name):
+    """Whole step graphs need at most 1.05 of the kernels of plain compilation of what lives in the step, and of that with the
+    timestep's table given to both; no weight is brought into another layout at a call."""
+    program = shipped(name)
+    study = gpu_kernels()
+    counter = study.Counter()
+    for title, plan in plans_of(program).items():
+        store = GraphStore(program, "inductor", "whole")
+        with gpu():
+            store.prepare(plan)
+        tables = store.prologue_runner(plan).prologues.sources
+        for step in [0] if title == "all blocks" else study.steps_of(plan):
+            found, parts = counter.parts(store.get(plan, step)[1])
+            live = counter.plain(study.live_alone(program, plan, step))
+            with_table = counter.plain(study.live_alone(program, plan, step, tables))
+            assert parts == 1
+            assert found.all <= 1.05 * live.all, (title, step)
+            assert found.all <= 1.05 * with_table.all, (title, step)
+            assert found.copies <= 2, (title, step)  # of values that the step computes
+            assert found.channels_last >= found.convolutions - 1
+
+
+def gpu_kernels():
+    """The study that writes ``examples/results/gpu_kernels.md``."""
+    sys.path.insert(0, str(ROOT / "examples" / "studies"))
+    try:
+        import gpu_kernels as study
+    finally:
+        sys.path.pop(0)
+    return study
+
+
+def shipped(name: str) -> fxmask.Program:
+    """A shipped model on a GPU, in the type that it would run in."""
+    pipelines = pytest.importorskip("pipelines")
+    model = pipelines.digits().load_model(name).to(torch.bfloat16)
+    with gpu():
+        return fxmask.capture(on_gpu(model))
+
+
+def plans_of(program: fxmask.Program) -> dict[str, fxmask.Plan]:
+    timesteps = timesteps_of(10)
+    masks = {
+        "all blocks": fxmask.policies.interval(1)(program, timesteps),
+        "interval(2)": fxmask.policies.interval(2)(program, timesteps),
+        "random, half": random_mask(program, 10, 2.0),
+    }
+    return {title: fxmask.rectify(program, mask) for title, mask in masks.items()}
 
 
 def test_kernels_become_machine_code(step_codes):

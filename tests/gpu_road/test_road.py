@@ -6,12 +6,11 @@ A fake CUDA tensor has no memory, but operators refuse it beside a CPU tensor as
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from conftest import TIMESTEPS, tiny_dit, tiny_unet
+from road import forecasting, run_plan, tensors_of
 from without_a_gpu import CUDA, LAYOUTS, gpu, on_gpu
 
 import fxmask
@@ -19,8 +18,6 @@ from fxmask.frontend.infer import infer_call
 from fxmask.ir.calls import Signature
 from fxmask.ir.program import Program
 from fxmask.passes.choose_layouts import LAYOUT
-from fxmask.runtime.executor import Executor
-from fxmask.runtime.graph_store import GraphStore
 
 MODELS = {"unet": (tiny_unet, {}), "dit": (tiny_dit, {"class_labels": torch.tensor([1, 2])})}
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,23 +29,6 @@ def on_the_road(name: str, dtype: torch.dtype = torch.float32, layout: str = "fl
     make, given = MODELS[name]
     with gpu(layout):
         return fxmask.capture(on_gpu(make().to(dtype)), given)
-
-
-def tensors_of(program: Program) -> Iterator[torch.Tensor]:
-    """Every value that a program knows of."""
-    for node in program.graph_module.graph.nodes:
-        value = node.meta.get("val")
-        yield from (x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, torch.Tensor))
-
-
-def forecasting(program: Program) -> fxmask.Mask:
-    """Steps that compute everything, that load, and that form values from two stored ones."""
-    names = tuple(block.name for block in program.branches)
-    rows = torch.ones(len(TIMESTEPS), len(names), dtype=torch.bool)
-    rows[2:, ::2] = False
-    rows[4, :] = False
-    forecast = {(3, names[0]): ((0, -0.5), (1, 1.5)), (4, names[1]): ((2, 0.25), (3, 0.75))}
-    return fxmask.Mask(rows, TIMESTEPS, names, forecast=forecast, fingerprint=program.fingerprint)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,24 +56,6 @@ def test_what_is_inferred(name):
     with gpu():
         call = infer_call(model, given, 2, Signature.of(model))
     assert call[Signature.of(model).sample].shape[0] == 2
-
-
-def run_plan(program: Program, mask: fxmask.Mask) -> list[torch.Tensor]:
-    """All steps of a plan on fake CUDA tensors, with tables and conditioning computed before the first.
-
-    The program must be of ``layout="math"``: outside of a capture, PyTorch takes attention apart before fake tensors see it.
-    """
-    inputs = list(program.example.tensors.values())
-    executor = Executor(fxmask.rectify(program, mask), GraphStore(program, "eager"))
-    with gpu(), inputs[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-        rows = executor.begin(inputs)
-        cache: dict[Any, torch.Tensor] = {}
-        outputs = []
-        for step in range(mask.num_steps):
-            outputs += executor.run_step(step, inputs, cache, rows)
-            # one number of the CPU may stand beside a GPU's tensor, and would be copied there at every call
-            assert {x.device for x in executor._ready[step].coefficients} <= {CUDA}
-    return outputs
 
 
 @pytest.mark.parametrize("name", MODELS)
