@@ -202,13 +202,16 @@ _MODES: tuple[Callable[[], Any], ...] = (
     torch._C._get_math_sdp_enabled,
     torch._C._get_cudnn_sdp_enabled,
     torch.backends.mha.get_fastpath_enabled,
-    *(functools.partial(_precision_of, *entry) for entry in _PARTS),
 )
+_MODES_OF: dict[str, tuple[Callable[[], Any], ...]] = {
+    device: (*_MODES, *(functools.partial(_precision_of, *entry) for entry in _PARTS if entry[0] == backend))
+    for device, backend in (("cpu", "mkldnn"), ("cuda", "cuda"))
+}
 
 
-def raw_modes() -> tuple[Any, ...]:
-    """Modes that do not depend on the device, to be compared with what they were."""
-    return (device_mode.CURRENT_DEVICE, *[read() for read in _MODES])
+def raw_modes(device: str) -> list[Any]:
+    """Modes that matter on a type of device, but for autocast, to be compared with what they were."""
+    return [device_mode.CURRENT_DEVICE, *[read() for read in _MODES_OF.get(device, _MODES)]]
 
 
 def share_state(module: torch.nn.Module, model: torch.nn.Module) -> None:

@@ -98,8 +98,3 @@ def _value_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         return like
     with FakeTensorMode():
         return torch.empty_strided(tuple(like.shape), tuple(like.stride()), dtype=dtype, device=like.device)
-
-
-def forecast_coefficients(load: Load, like: torch.Tensor) -> torch.Tensor:
-    """The coefficients of a forecast, 1-D, in the precision and on the device for values like ``like``."""
-    return torch.tensor([c for _, c in load.terms], dtype=coefficient_dtype(like.dtype)).to(like.device)

@@ -2,9 +2,9 @@
 
     python examples/studies/cuda_traffic.py [--steps 20] [--batch 2] [--dtype bfloat16] [--write]
 
-The runtime works on tensors that have no values, with a recorder that records nothing: what it launches outside of recordings is
-counted, and memory is summed up. ``activations`` is the largest number of bytes that a step graph's operators hold at once besides
-what is static, one operator after the other; Inductor's fused kernels hold less. ``--write`` puts the table into
+The runtime works on tensors that have no values, with a recorder that records nothing: what it launches outside of recordings
+is counted, and memory is summed up. ``activations`` is the largest number of bytes that a step graph's operators hold at once
+besides what is static, one operator after the other; Inductor's fused kernels hold less. ``--write`` puts the table into
 ``examples/results/cuda_traffic.md``.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -58,7 +58,7 @@ class Ambient(NamedTuple):
 def modes(device: str) -> tuple[Any, ...]:
     """What ``Ambient.now`` is made of, to be compared in each step: equal modes are equal here, whatever they are."""
     autocast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-    return (raw_modes(), torch.get_autocast_dtype(device) if autocast else None)
+    return (raw_modes(device), torch.get_autocast_dtype(device) if autocast else None)
 
 
 def without_autocast() -> contextlib.ExitStack:

@@ -1,8 +1,8 @@
 """Whether weights were written to, or put elsewhere.
 
-A write in place is counted by the tensor, and every count is looked at every time. Where a tensor lies is looked at for all of
-them when a run begins, and for some of them, others each time, in each step: moving a weight in the middle of a run is rare,
-and looking takes as long again.
+All of them are looked at when a run begins. In the middle of a run that would take longer than the rest of a step: some are
+looked at in each step, others each time. What changes many weights (the strength of a LoRA, a merge) is seen in the next
+step, a change of a single one within a few.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 
 from fxmask._torch import writes_to
 
-PER_STEP = 16  # weights whose place is looked at in each step
+PER_STEP = 16  # weights that are looked at in each step
 
 
 class WeightsState(NamedTuple):
-    """How weights are at one time.
+    """How weights are at one time, by the step (modulo their number) that they are looked at in.
 
     Attributes:
-        writes: all that were counted.
-        places: addresses, by the step (modulo their number) that they are looked at in.
+        writes: that were counted.
+        places: addresses.
     """
 
-    writes: int
+    writes: list[int]
     places: list[list[int]]
 
 
@@ -34,24 +34,25 @@ class WeightWatch:
 
     Args:
         weights: plain tensors or parameters.
+        per_step: how many are looked at in each step.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], per_step: int = PER_STEP) -> None:
         self.weights = list({id(x): x for x in weights}.values())
-        self._counted = [x for x in self.weights if not x.is_inference()]
-        count = max(1, -(-len(self.weights) // PER_STEP))
+        count = max(1, -(-len(self.weights) // per_step))
         self._windows = [self.weights[k::count] for k in range(count)]
+        self._counted = [[x for x in window if not x.is_inference()] for window in self._windows]
 
     def now(self) -> WeightsState:
         """How they are."""
-        return WeightsState(writes_to(self._counted), [[x.data_ptr() for x in window] for window in self._windows])
+        return WeightsState(list(map(writes_to, self._counted)), [[x.data_ptr() for x in window] for window in self._windows])
 
     def changed(self, before: WeightsState, step: int) -> bool:
-        """Whether any was written to, or one of those that are looked at in this step was put elsewhere."""
+        """Whether any of those that are looked at in this step was written to or put elsewhere."""
         k = step % len(self._windows)
-        return writes_to(self._counted) != before.writes or [x.data_ptr() for x in self._windows[k]] != before.places[k]
+        return writes_to(self._counted[k]) != before.writes[k] or self.moved(before, step)
 
     def moved(self, before: WeightsState, step: int) -> bool:
-        """Whether one of those that are looked at in this step was put elsewhere."""
+        """Whether any of them was put elsewhere."""
         k = step % len(self._windows)
         return [x.data_ptr() for x in self._windows[k]] != before.places[k]

@@ -41,6 +41,9 @@ def flatten_output(output: Any) -> tuple[list[torch.Tensor], Callable[[Sequence[
         return [output], lambda tensors: tensors[0]
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         names = [f.name for f in dataclasses.fields(output)]
+        if all(type(getattr(output, name)) is torch.Tensor for name in names):  # as most models do: built in the shortest way
+            whole: Any = type(output)
+            return [getattr(output, name) for name in names], lambda flat: whole(*flat[: len(names)])
         tensors, build = flatten_output({name: getattr(output, name) for name in names})
         cls: Any = type(output)
         return tensors, lambda flat: cls(**build(flat))

@@ -73,10 +73,8 @@ class Clock:
         Args:
             timestep: as the denoiser was given it: a number, or a tensor ``[]``, ``[1]`` or ``[B]``.
         """
-        if not isinstance(timestep, torch.Tensor):
-            return float(timestep)
-        if on_host(timestep):
-            return _read(timestep)
+        if not isinstance(timestep, torch.Tensor) or on_host(timestep):
+            return self.read_host(timestep)
         known = self._look_up(timestep)
         if known is not None:
             return known
@@ -85,6 +83,10 @@ class Clock:
             self.base = _Base.of(timestep)
             return self._look_up(timestep)
         return _read(timestep)
+
+    def read_host(self, timestep: Any) -> float | None:
+        """The value of one that is a number, or lies on the host."""
+        return _read(timestep) if isinstance(timestep, torch.Tensor) else float(timestep)
 
     def knows(self, timestep: Any) -> bool:
         """Whether ``read`` would not wait for the device."""
@@ -143,7 +145,8 @@ def _steps_of(timestep: torch.Tensor) -> int:
 
 def _read(timestep: torch.Tensor) -> float | None:
     if not _steps_of(timestep):
-        first = timestep[(0,) * timestep.dim()] if timestep.dim() else timestep
-        return float(first.item())
+        while timestep.dim():
+            timestep = timestep[0]
+        return float(timestep.item())
     values = timestep.flatten().tolist()
     return float(values[0]) if all(value == values[0] for value in values) else None

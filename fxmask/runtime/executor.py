@@ -34,7 +34,10 @@ class Ready(NamedTuple):
         pick: takes the precomputed values that it reads out of a row.
         coefficients: of its forecasts.
         slots: that it reads.
+        read: takes their values out of a cache.
         store: positions of results, and the slots that they go to.
+        targets: these slots.
+        take: takes what is stored out of the results.
         drop: slots that nobody reads again.
         timed: whether it reads the timestep itself.
         loose: positions of stored results that lie in larger memory; ``None`` until it has run.
@@ -47,7 +50,10 @@ class Ready(NamedTuple):
     pick: Callable[[PrecomputedRow], tuple[torch.Tensor, ...]]
     coefficients: tuple[torch.Tensor, ...]
     slots: tuple[Slot, ...]
+    read: Callable[[Cache], tuple[torch.Tensor, ...]]
     store: tuple[tuple[int, Slot], ...]
+    targets: tuple[Slot, ...]
+    take: Callable[[Any], tuple[torch.Tensor, ...]]
     drop: tuple[Slot, ...]
     timed: bool
     loose: frozenset[int] | None
@@ -131,14 +137,19 @@ class Executor:
         graph = ready.graph
         arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
         if graph.precomputed:
-            row = self.prologues.complete(rows[step], tensors) if rows and exact else self.prologues.at(tensors)
+            if not rows or not exact:
+                row = self.prologues.at(tensors)
+            else:
+                row = self.prologues.complete(rows[step], tensors) if ready.timed else rows[step]
             arguments += ready.pick(row)
         arguments += ready.coefficients
-        arguments += [cache[slot] for slot in ready.slots]
+        arguments += ready.read(cache)
         results = ready.run(*arguments)
         loose = ready.loose if ready.loose is not None else self._settle(step, ready, results)
-        for k, slot in ready.store:
-            cache[slot] = results[k] if k not in loose else _compact(results[k])
+        if not loose:
+            cache.update(zip(ready.targets, ready.take(results), strict=True))
+        else:
+            cache.update({slot: _compact(results[k]) for k, slot in ready.store})
         for slot in ready.drop:
             del cache[slot]
         return list(results[: graph.num_outputs])
@@ -154,14 +165,19 @@ class Executor:
         plan = self.plan.steps[step]
         graph, run = self.graphs.get(self.plan, step)
         stored = [(k, name) for k, name in enumerate(graph.store, graph.num_outputs) if name in plan.store]
+        store = tuple((k, Slot(block, value, step)) for k, (block, value) in stored)
+        slots = tuple(slot for load in plan.formed for slot in load.slots)
         ready = Ready(
             graph,
             run,
             tuple((k, self._layouts[k]) for k in graph.inputs),
             _picker(graph.precomputed),
             self.coefficients.at(step) if graph.coefficients else (),
-            tuple(slot for load in plan.formed for slot in load.slots),
-            tuple((k, Slot(block, value, step)) for k, (block, value) in stored),
+            slots,
+            _picker(slots),
+            store,
+            tuple(slot for _, slot in store),
+            _picker([k for k, _ in store]),
             plan.drop,
             self._timestep in graph.inputs or bool(graph.precomputed and self.prologues.completes),
             None,
@@ -194,11 +210,11 @@ class Executor:
         return self.program.node(self.program.block(slot.block).values[slot.value])
 
 
-def _picker(names: Sequence[str]) -> Callable[[PrecomputedRow], tuple[torch.Tensor, ...]]:
-    """Reads entries of a row as a tuple, in one call."""
-    if len(names) > 1:
-        return operator.itemgetter(*names)
-    return lambda row: tuple(row[name] for name in names)
+def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """Reads entries of a mapping as a tuple, in one call."""
+    if len(keys) > 1:
+        return operator.itemgetter(*keys)
+    return lambda mapping: tuple(mapping[key] for key in keys)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

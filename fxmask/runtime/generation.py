@@ -138,7 +138,10 @@ class Generation:
         tensors, value = [given[k] for k in steady.inputs], None
         if steady.timestep >= 0:
             timestep = given[steady.timestep]
-            value = self._read_timestep(lane, timestep, steady.tolerance)
+            if steady.readable and not self._clock.pending:
+                value = self._clock.read_host(timestep)
+            else:
+                value = self._read_timestep(lane, timestep, steady.tolerance)
             if value != variant.mask.timesteps[step]:
                 return None
             if lane.executor.needs_timestep(step) or not lane.executor.prologues.is_exact(step, value):

@@ -28,6 +28,7 @@ from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.prologues import PrecomputedRow, Rows
 from fxmask.runtime.static_memory import MOST_RUNS, Lease, StaticMemory, Table, blank_like
 
+WATCHED = 8  # weights whose place is looked at in each step, besides those that precomputed values are made of
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +70,7 @@ class ReplayingExecutor(Executor):
         self._device = self.program.example.sample.device
         module = self.program.graph_module
         held = [attribute(module, node) for node in module.graph.find_nodes(op="get_attr")]
-        self._weights = WeightWatch([x for x in held if type(x) in PLAIN_TENSORS and not x.is_meta])
+        self._weights = WeightWatch([x for x in held if type(x) in PLAIN_TENSORS and not x.is_meta], WATCHED)
         self._changing = tuple(k for k, name in enumerate(self.program.inputs) if self.program.roles[name] != "conditioning")
         self._fixed = tuple(k for k in range(len(self.program.inputs)) if k not in self._changing)
         self._problem: str | None = None  # why nothing is recorded
@@ -104,7 +105,7 @@ class ReplayingExecutor(Executor):
             return super().run_step(step, tensors, cache, rows, exact)
         memory = rows.memory
         ready = self._ready.get(step) or self._prepare(step)
-        values = tuple(map(cache.__getitem__, ready.slots))
+        values = ready.read(cache)
         with self._capturer.ordered(self._device):
             self._watch_weights(memory, step)
             if not exact:

@@ -36,6 +36,7 @@ class Steady:
         values: place and value of what is no tensor.
         timestep: its place; -1 if there is none.
         timestep_form: its type, and shape, type and device if it is a tensor.
+        readable: whether it can be read without waiting, whichever it is.
         inputs: the place of each of the program's inputs.
         tolerance: relative error that the timestep may have after rounding.
         modes: around the call.
@@ -50,6 +51,7 @@ class Steady:
     values: tuple[tuple[int, Any], ...]
     timestep: int
     timestep_form: tuple[Any, ...]
+    readable: bool
     inputs: tuple[int, ...]
     tolerance: float
     modes: tuple[Any, ...]
@@ -112,6 +114,7 @@ class Steady:
             values=values,
             timestep=timestep,
             timestep_form=_form(given[timestep]) if timestep >= 0 else (),
+            readable=timestep >= 0 and (type(given[timestep]) not in TENSORS or on_host(given[timestep])),
             inputs=tuple(place_of[name] for name in program.inputs),
             tolerance=variant.timetable.tolerance(types_of(bound)),
             modes=modes(bound.sample.device.type),

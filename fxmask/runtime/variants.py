@@ -37,6 +37,7 @@ from fxmask.runtime.timesteps import Timetable
 from fxmask.runtime.warn import Warner
 
 logger = logging.getLogger(__name__)
+NOTHING = contextlib.nullcontext()
 MOST_VARIANTS = 16  # that are kept, the ones used last
 MOST_REFUSED = 64  # forms of call that the model could not be captured for, and that are remembered
 MOST_VALUES = 6  # of one attribute or argument that the model is captured for; a value that never settles is not followed
@@ -93,7 +94,7 @@ class Variant:
 
     def graph_mode(self) -> contextlib.AbstractContextManager[Any]:
         """How its graphs run: what autocast casts is cast in them."""
-        return contextlib.nullcontext() if self.ambient is None else self.ambient.graph_mode()
+        return NOTHING if self.ambient is None or self.ambient.autocast is None else self.ambient.graph_mode()
 
     def executor(self, start: int) -> Executor:
         """Runs the mask from step ``start`` on."""
