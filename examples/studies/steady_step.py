@@ -3,9 +3,9 @@
     python examples/studies/steady_step.py [--runs 60] [--write]
 
 The denoiser is tiny and has as many blocks, cached values and precomputed values as DiT-XL/2. Each step graph is a stub that
-returns what the graph returned in the first run, so that what is timed is the way through the runtime: which run, lane and step
-a call is, what of the model may have changed, arguments, caches, the output. Each step's shortest time over all runs counts, and
-of these the median over the steps in the middle of a run. ``--write`` puts the table and a profile into
+returns what the graph returned in the first run, so that what is timed is the way through the runtime: which run, lane and
+step a call is, what of the model may have changed, arguments, caches, the output. Each step's shortest time over all runs
+counts, and of these the median over the steps in the middle of a run. ``--write`` puts the table and a profile into
 ``examples/results/steady_step.md``, in front of the remarks.
 """
 
@@ -189,8 +189,8 @@ def executor_step(model: fxmask.AcceleratedModel) -> str:
     graph, _ = executor.graphs.get(executor.plan, STEPS // 2)
     plan = executor.plan.steps[STEPS // 2]
     return (
-        f"{len(graph.precomputed)} precomputed values, {sum(len(x.slots) for x in plan.formed)} loads, {len(plan.store)} stores, "
-        f"{len(plan.drop)} drops"
+        f"{len(graph.precomputed)} precomputed values, {sum(len(x.slots) for x in plan.formed)} loads, "
+        f"{len(plan.store)} stores, {len(plan.drop)} drops"
     )
 
 
