@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import leave_pool
 from fxmask.errors import BackendError
 
 WARM_UPS = 2  # runs before a recording: what is compiled, tuned or allocated at a first call must not be recorded
@@ -86,21 +87,24 @@ class _Place:
         return graph.replay  # type: ignore[no-any-return]
 
     def _recorded(self, prepare: Callable[[], Any], run: Callable[[], Any]) -> Any:
+        # Not on the stream that records: a library's workspace for that one must come from the pool of the recordings, or it
+        # could be given to somebody else while they still use it.
+        for _ in range(WARM_UPS):
+            prepare()
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                prepare()
             # Only this thread's work is recorded, and only its mistakes end the recording: others go on allocating.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
+                graph.capture_end()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # the first error is the one to tell
                     graph.capture_end()
+                leave_pool(self._device, self._pool)
                 raise
-            graph.capture_end()
         current.wait_stream(self._stream)
         return graph
 

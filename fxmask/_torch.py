@@ -67,6 +67,7 @@ __all__ = [
     "hooks_so_far",
     "inductor_compile",
     "is_transformed",
+    "leave_pool",
     "make_fx",
     "occupy_gpu",
     "own_submodules",
@@ -118,6 +119,13 @@ def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> 
     """Copy each value to its place without waiting; on a GPU those of one type and layout in one kernel."""
     if places:
         torch._foreach_copy_(list(places), list(values), non_blocking=True)
+
+
+def leave_pool(device: torch.device, pool: Any) -> None:
+    """Allocate outside of a pool again after a recording into it has failed, which leaves the allocator inside."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
 
 
 def hooks_so_far() -> int:

@@ -1,8 +1,8 @@
 """Whether weights were written to, or put elsewhere.
 
-All of them are looked at when a run begins. In the middle of a run that would take longer than the rest of a step: some are
-looked at in each step, others each time. What changes many weights (the strength of a LoRA, a merge) is seen in the next
-step, a change of a single one within a few.
+All of them are looked at when a run begins, and in each step if they are few. Of many, that would take as long as the rest of a
+step: some are looked at in each, others each time. What changes many weights (the strength of a LoRA, a merge) is seen in the
+next step, a change of a single one within a few.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from fxmask._torch import writes_to
 
-PER_STEP = 16  # weights that are looked at in each step
+FEW = 64  # weights that are all looked at in each step
+PER_STEP = 16  # of more
 
 
 class WeightsState(NamedTuple):
@@ -34,12 +35,13 @@ class WeightWatch:
 
     Args:
         weights: plain tensors or parameters.
-        per_step: how many are looked at in each step.
+        per_step: how many are looked at in each step, if they are more than ``few``.
+        few: how many are all looked at.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], per_step: int = PER_STEP) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], per_step: int = PER_STEP, few: int = FEW) -> None:
         self.weights = list({id(x): x for x in weights}.values())
-        count = max(1, -(-len(self.weights) // per_step))
+        count = 1 if len(self.weights) <= few else -(-len(self.weights) // per_step)
         self._windows = [self.weights[k::count] for k in range(count)]
         self._counted = [[x for x in window if not x.is_inference()] for window in self._windows]
 
