@@ -211,7 +211,7 @@ class Student:
         finals: list[torch.Tensor] = []
         outputs: list[list[torch.Tensor]] = []
         for part in parts:
-            caches = self._caches(schedule, part)
+            caches = self._caches(schedule, part, beside=start is not None)
             if start:
                 for n, lanes in zip(part, caches, strict=True):
                     for lane, cache in start.caches[start.numbers.index(n)].items():
@@ -244,7 +244,7 @@ class Student:
             steps: first steps of others.
             numbers: of trajectories.
         """
-        wanted, caches = set(steps), self._caches(schedule, numbers)
+        wanted, caches = set(steps), self._caches(schedule, numbers, beside=True)
         outputs = [base.outputs[n] for n in numbers]
         walked = self._walk(schedule, dict(base.coefficients), list(numbers), caches, outputs, self.num_steps, counted=False)
         for step in walked:
@@ -306,14 +306,19 @@ class Student:
                 loop.close()
         return finals, outputs
 
-    def _caches(self, schedule: Schedule, numbers: Sequence[int]) -> list[dict[int, Cache]]:
+    def _caches(self, schedule: Schedule, numbers: Sequence[int], beside: bool) -> list[dict[int, Cache]]:
         """Empty caches of some trajectories that are rolled out together, with or without room for all their values.
+
+        Args:
+            schedule: what each step forms.
+            numbers: of the trajectories.
+            beside: whether a rollout and the state that it goes on from are held at once.
 
         Raises:
             InputError: there is no room for those of one.
         """
         size = max(self.pass_bytes(n, False) + self._block_bytes(self.programs[n][0], schedule.formed) for n in numbers)
-        together = size + sum(self.live_bytes(schedule, n) for n in numbers)
+        together = size + (1 + beside) * sum(self.live_bytes(schedule, n) for n in numbers)
         if self.room.holds(together):
             return [{} for _ in numbers]
         self.room.require(size, f"one call of a batch of {max(self.trajectories[n].batch_size for n in numbers)}")
