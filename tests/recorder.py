@@ -123,6 +123,15 @@ class Recorder:
         return replay
 
 
+class Again(Recorder):
+    """Records nothing: a replay does the work again. For tensors that have no values."""
+
+    def record(self, prepare, run, device):
+        prepare()
+        self.recorded += 1
+        return run
+
+
 def _ruin(pool: list[torch.Tensor]) -> None:
     for x in pool:
         if x.is_floating_point():

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from conftest import TIMESTEPS
+from recorder import Again
 from without_a_gpu import CUDA, gpu
 
 import fxmask
 from fxmask.ir.program import Program
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
+from fxmask.runtime.replay import ReplayingExecutor
 
 
 def tensors_of(program: Program) -> Iterator[torch.Tensor]:
@@ -32,13 +34,15 @@ def forecasting(program: Program) -> fxmask.Mask:
     return fxmask.Mask(rows, TIMESTEPS, names, forecast=forecast, fingerprint=program.fingerprint)
 
 
-def run_plan(program: Program, mask: fxmask.Mask) -> list[torch.Tensor]:
-    """All steps of a plan on fake CUDA tensors, with tables and conditioning computed before the first.
+def run_plan(program: Program, mask: fxmask.Mask, replayed: bool = False) -> list[torch.Tensor]:
+    """All steps of a plan on fake CUDA tensors, with tables and conditioning computed before the first; called or replayed.
 
     The program must be of ``layout="math"``: outside of a capture, PyTorch takes attention apart before fake tensors see it.
     """
     inputs = list(program.example.tensors.values())
-    executor = Executor(fxmask.rectify(program, mask), GraphStore(program, "eager"))
+    plan, graphs = fxmask.rectify(program, mask), GraphStore(program, "eager")
+    graphs._exact = False  # with tables, as compiled graphs have
+    executor = ReplayingExecutor(plan, graphs, Again()) if replayed else Executor(plan, graphs)
     with gpu(), inputs[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
         rows = executor.begin(inputs)
         cache: dict[Any, torch.Tensor] = {}
@@ -46,5 +50,5 @@ def run_plan(program: Program, mask: fxmask.Mask) -> list[torch.Tensor]:
         for step in range(mask.num_steps):
             outputs += executor.run_step(step, inputs, cache, rows)
             # one number of the CPU may stand beside a GPU's tensor, and would be copied there at every call
-            assert {x.device for x in executor._ready[step].coefficients} <= {CUDA}
+            assert {x.device for x in executor._ready[step].coefficients} <= {CUDA}, "coefficients on another device"
     return outputs

@@ -6,6 +6,7 @@ A fake CUDA tensor has no memory, but operators refuse it beside a CPU tensor as
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,20 +59,21 @@ def test_what_is_inferred(name):
     assert call[Signature.of(model).sample].shape[0] == 2
 
 
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_cpu_tensor_meets_a_gpu_one_in_a_run(name):
+def test_no_cpu_tensor_meets_a_gpu_one_in_a_run(name, replayed):
     program = on_the_road(name, layout="math")
     plan = fxmask.rectify(program, forecasting(program))
     assert any(not load.plain for step in plan.steps for load in step.formed)
-    outputs = run_plan(program, forecasting(program))
+    outputs = run_plan(program, forecasting(program), replayed)
     assert len(outputs) == len(TIMESTEPS)
     assert {x.device for x in outputs} == {CUDA}
 
 
-@pytest.mark.parametrize("place", ["cache", "table", "conditioning"])
+@pytest.mark.parametrize("place", ["cache", "table", "conditioning", "coefficients"])
 def test_a_cpu_tensor_on_the_road_is_seen(place, monkeypatch):
     """What makes the test above fail."""
-    from fxmask.runtime import executor, prologues
+    from fxmask.runtime import coefficients, executor, prologues
 
     program = on_the_road("dit", layout="math")
     if place == "cache":
@@ -83,6 +85,13 @@ def test_a_cpu_tensor_on_the_road_is_seen(place, monkeypatch):
             "begin",
             lambda self, tensors: [{k: x.to("cpu") for k, x in row.items()} for row in begin(self, tensors)],
         )
+    elif place == "coefficients":
+        of = coefficients.Coefficients.of
+        moved = lambda *given: replace(of(*given), tables={k: x.to("cpu") for k, x in of(*given).tables.items()})  # noqa: E731
+        monkeypatch.setattr(coefficients.Coefficients, "of", moved)
+        with pytest.raises((RuntimeError, AssertionError), match="device"):
+            run_plan(program, forecasting(program))
+        return
     else:
         labels = program.inputs.index("class_labels")
         list_of = program.example.tensors
