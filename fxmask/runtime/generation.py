@@ -73,9 +73,9 @@ class Lane:
             for x, held, version, before in zip(given, self.conditioning, versions, self.versions, strict=True)
         )
 
-    def looks_like(self, other: Lane) -> bool:
-        """Whether nothing tells the two apart but their timesteps."""
-        return self.variant is other.variant and all(a is b for a, b in zip(self.conditioning, other.conditioning, strict=True))
+    def is_twin_of(self, other: Lane) -> bool:
+        """Whether nothing tells the two apart but their turns; see ``Generation._choose``."""
+        return self.variant is other.variant and self.conditioning is other.conditioning
 
 
 class Generation:
@@ -133,16 +133,18 @@ class Generation:
         step, steady, variant = lane.position, lane.steady, lane.variant
         if step is None or steady is None or steady.modes != modes(variant.device_type) or not variant.unchanged_in_step():
             return None
-        if len(self._lanes) > 1 and any(x is not lane and x.steady is None and x.looks_like(lane) for x in self._lanes):
-            return None
+        if len(self._lanes) > 1 and any(x is not lane and x.is_twin_of(lane) for x in self._lanes):
+            return None  # whose turn it is must be found out
         tensors, value = [given[k] for k in steady.inputs], None
         if steady.timestep >= 0:
             timestep = given[steady.timestep]
             if steady.readable and not self._clock.pending:
                 value = self._clock.read_host(timestep)
             else:
-                value = self._read_timestep(lane, timestep, steady.tolerance)
-            if value != variant.mask.timesteps[step]:
+                value = self._read_timestep(lane, timestep, variant.timetable.tolerance(steady.types))
+            if value is None:
+                return None
+            if value != variant.mask.timesteps[step] and variant.timetable.step_of(value, steady.types, step) != step:
                 return None
             if lane.executor.needs_timestep(step) or not lane.executor.prologues.is_exact(step, value):
                 signature, sample = variant.program.signature, given[steady.inputs[0]]

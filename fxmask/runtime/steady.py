@@ -38,7 +38,7 @@ class Steady:
         timestep_form: its type, and shape, type and device if it is a tensor.
         readable: whether it can be read without waiting, whichever it is.
         inputs: the place of each of the program's inputs.
-        tolerance: relative error that the timestep may have after rounding.
+        types: that the timestep may have been rounded to.
         modes: around the call.
         return_dict: what was asked for.
     """
@@ -53,7 +53,7 @@ class Steady:
     timestep_form: tuple[Any, ...]
     readable: bool
     inputs: tuple[int, ...]
-    tolerance: float
+    types: tuple[torch.dtype, ...]
     modes: tuple[Any, ...]
     return_dict: Any
 
@@ -116,7 +116,7 @@ class Steady:
             timestep_form=_form(given[timestep]) if timestep >= 0 else (),
             readable=timestep >= 0 and (type(given[timestep]) not in TENSORS or on_host(given[timestep])),
             inputs=tuple(place_of[name] for name in program.inputs),
-            tolerance=variant.timetable.tolerance(types_of(bound)),
+            types=tuple(types_of(bound)),
             modes=modes(bound.sample.device.type),
             return_dict=bound.arguments.get(RETURN_DICT),
         )
