@@ -14,7 +14,8 @@ from fxmask.guards.watch import WeightsState
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.forecast import Cache
 from fxmask.ir.rebind import TENSORS
-from fxmask.runtime.clock import Clock, on_host
+from fxmask.runtime import clock
+from fxmask.runtime.clock import Clock
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
 from fxmask.runtime.marks import Marks
@@ -69,7 +70,7 @@ class Lane:
         Of those on a device whose changes nobody counts it is taken that they did not: to compare them would wait.
         """
         return all(
-            version == before and (version != -1 or not on_host(x)) and (x is held or is_same_memory(x, held))
+            version == before and (version != -1 or not clock.on_host(x)) and (x is held or is_same_memory(x, held))
             for x, held, version, before in zip(given, self.conditioning, versions, self.versions, strict=True)
         )
 
@@ -284,7 +285,7 @@ class Generation:
         versions = tuple(map(version_of, given))
         lanes = [lane for lane in self._lanes if lane.variant is variant]
         same = [lane for lane in lanes if lane.is_given(given, versions)]
-        if not same and self._predicts and lanes and not all(map(on_host, given)):
+        if not same and self._predicts and lanes and not all(map(clock.on_host, given)):
             same = self._predicted(lanes, given, bound)
         elif not same:
             same = [x for x in lanes if x.versions == versions and all(map(torch.equal, given, x.copies))]
@@ -425,4 +426,4 @@ class InferredGeneration(Generation):
 
 def _held(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself; of one on the host whose changes nobody counts (made in inference mode) a copy, to compare with."""
-    return x.clone() if version_of(x) == -1 and on_host(x) else x
+    return x.clone() if version_of(x) == -1 and clock.on_host(x) else x

@@ -17,7 +17,7 @@ from fxmask._torch import version_of
 from fxmask.guards.ambient import modes
 from fxmask.ir.calls import RETURN_DICT, BoundCall
 from fxmask.ir.rebind import TENSORS, VALUES
-from fxmask.runtime.clock import on_host
+from fxmask.runtime import clock
 from fxmask.runtime.timesteps import types_of
 from fxmask.runtime.variants import Variant
 
@@ -98,7 +98,7 @@ class Steady:
                 changing.append((k, x.shape, x.dtype, x.device))
                 continue
             version = version_of(x)
-            if version == -1 and on_host(x):
+            if version == -1 and clock.on_host(x):
                 return None  # nobody counts its changes, and comparing it costs little
             conditioning.append((k, x, version))
         tensors = {timestep, *(k for k, *_ in conditioning), *(k for k, *_ in changing)}
@@ -114,7 +114,7 @@ class Steady:
             values=values,
             timestep=timestep,
             timestep_form=_form(given[timestep]) if timestep >= 0 else (),
-            readable=timestep >= 0 and (type(given[timestep]) not in TENSORS or on_host(given[timestep])),
+            readable=timestep >= 0 and (type(given[timestep]) not in TENSORS or clock.on_host(given[timestep])),
             inputs=tuple(place_of[name] for name in program.inputs),
             types=tuple(types_of(bound)),
             modes=modes(bound.sample.device.type),

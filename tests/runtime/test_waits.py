@@ -12,7 +12,7 @@ from test_clock import WAITS
 from torch.overrides import TorchFunctionMode
 
 import fxmask
-from fxmask.runtime import clock, generation, steady
+from fxmask.runtime import clock
 
 
 class Count(TorchFunctionMode):
@@ -40,8 +40,7 @@ def accelerated(program, monkeypatch) -> fxmask.AcceleratedModel:
         with torch._C.DisableTorchFunction():
             return float(copy[0])
 
-    for module in (clock, generation, steady):
-        monkeypatch.setattr(module, "on_host", lambda tensor: False)
+    monkeypatch.setattr(clock, "on_host", lambda tensor: False)
     monkeypatch.setattr(clock, "_host_value", host_value)
     return fxmask.compile(program, fxmask.rectify(program, every_other(program)), backend="eager")
 
