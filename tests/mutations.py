@@ -221,8 +221,8 @@ MUTATIONS = [
     Mutation(
         "runtime: a new run starts on the old caches",
         "fxmask/runtime/generation.py",
-        "            lane.start, lane.cache = step, {}\n",
-        "            lane.start = step\n",
+        "            lane.executor, lane.cache = executor, {}\n",
+        "            lane.executor = executor\n",
         RUNTIME,
     ),
     Mutation(
@@ -249,8 +249,8 @@ MUTATIONS = [
     Mutation(
         "runtime: lanes are not told apart",
         "fxmask/runtime/generation.py",
-        "        version_of(b) == version != -1\n",
-        "        True or version_of(b) == version != -1\n",
+        "            version == before and (",
+        "            True or version == before and (",
         RUNTIME,
     ),
     Mutation(
@@ -448,8 +448,8 @@ MUTATIONS = [
     Mutation(
         "guards: weights that are written to in a run leave its table",
         "fxmask/runtime/generation.py",
-        "        if weights != lane.weights:",
-        "        if lane.weights is None:",
+        "            if lane.weights is None or watch.changed(lane.weights, step):",
+        "            if lane.weights is None:",
         ("guards/test_state.py::test_adapter_strength_may_change_in_the_middle_of_a_run", *GUARDS),
     ),
     Mutation(
@@ -590,14 +590,14 @@ MUTATIONS = [
         "fxmask/runtime/generation.py",
         " or steady.modes != modes(variant.device_type)",
         "",
-        ("guards", "runtime"),
+        ("guards/test_calls.py", "guards/test_state.py"),
     ),
     Mutation(
         "steady: the model is as it was",
         "fxmask/runtime/generation.py",
         " or not variant.unchanged_in_step():\n            return None\n        if len",
         ":\n            return None\n        if len",
-        ("runtime/test_steady.py", "guards"),
+        ("runtime/test_steady.py", "guards/test_state.py"),
     ),
     Mutation(
         "generation: conditioning that is new is not checked",
