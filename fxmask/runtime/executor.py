@@ -147,9 +147,11 @@ class Executor:
         results = ready.run(*arguments)
         loose = ready.loose if ready.loose is not None else self._settle(step, ready, results)
         if not loose:
-            cache.update(zip(ready.targets, ready.take(results), strict=True))
+            for slot, value in zip(ready.targets, ready.take(results), strict=True):
+                cache[slot] = value
         else:
-            cache.update({slot: _compact(results[k]) for k, slot in ready.store})
+            for k, slot in ready.store:
+                cache[slot] = _compact(results[k])
         for slot in ready.drop:
             del cache[slot]
         return list(results[: graph.num_outputs])

@@ -126,7 +126,8 @@ class ReplayingExecutor(Executor):
             put(recorded.places, [*map(tensors.__getitem__, recorded.given), *recorded.index])
             recorded.replay()
             outputs = [x.clone() for x in recorded.outputs]
-        cache.update(recorded.stores)
+        for slot, view in recorded.stores:
+            cache[slot] = view
         for slot in ready.drop:
             del cache[slot]
         return outputs
