@@ -152,8 +152,8 @@ def test_table(case, tmp_path, capsys, uncompiled):
     for row in rows:
         failing = "cudagraph" in row["name"]
         assert (row["problem"] is not None, row["seconds"] is None, row["speedup"] is None) == (failing,) * 3
-        assert not failing or "needs every tensor on one NVIDIA GPU" in row["problem"]
-    assert "needs every tensor on one NVIDIA GPU" in (out / "bench.md").read_text()
+        assert not failing or "need every tensor on one NVIDIA GPU" in row["problem"]
+    assert "need every tensor on one NVIDIA GPU" in (out / "bench.md").read_text()
     facts = json.loads((out / "environment.json").read_text())
     assert facts["torch"] == torch.__version__
     assert facts["asked"]["steps"] == 4
@@ -288,7 +288,7 @@ def test_a_lost_device_ends_the_process(case, monkeypatch, tiny):
     """Whatever fails after it would fail of it."""
     bench = Bench(*bench_cases.load_case(f"{case}:tiny"), 3)
     monkeypatch.setattr(benchmark, "release", lambda device: (_ for _ in ()).throw(RuntimeError("CUDA error")))
-    with pytest.raises(LostDevice, match="needs every tensor on one NVIDIA GPU"):
+    with pytest.raises(LostDevice, match="need every tensor on one NVIDIA GPU"):
         bench.measure([Configuration("ours", 1.0, "whole", "cudagraph")], 1, progress=False)
 
 
