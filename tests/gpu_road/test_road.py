@@ -12,13 +12,16 @@ import pytest
 import torch
 from conftest import TIMESTEPS, tiny_dit, tiny_unet
 from road import forecasting, run_plan, tensors_of
+from torch import fx
 from without_a_gpu import CUDA, LAYOUTS, gpu, on_gpu
 
 import fxmask
+from fxmask.backends import inductor
 from fxmask.frontend.infer import infer_call
 from fxmask.ir.calls import Signature
 from fxmask.ir.program import Program
 from fxmask.passes.choose_layouts import LAYOUT
+from fxmask.runtime.prologues import PrologueRunner
 
 MODELS = {"unet": (tiny_unet, {}), "dit": (tiny_dit, {"class_labels": torch.tensor([1, 2])})}
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,6 +101,25 @@ def test_a_cpu_tensor_on_the_road_is_seen(place, monkeypatch):
         monkeypatch.setitem(list_of, list(list_of)[labels], list(list_of.values())[labels].to("cpu"))
     with pytest.raises(RuntimeError, match="device"):
         run_plan(program, forecasting(program))
+
+
+def test_what_runs_once_is_compiled_on_a_gpu(monkeypatch):
+    """Hundreds of operators of a run's start become a few launches; on a CPU they run as they are."""
+    monkeypatch.setattr(inductor, "gpu_compiler_problem", lambda: None)
+    program = on_the_road("dit", layout="math")
+    inputs = list(program.example.tensors.values())
+    runner = PrologueRunner(program, TIMESTEPS, True, inductor.Regions())
+    parts = [runner.prologues.once.compiled] if runner.prologues.once else []
+    monkeypatch.setattr(
+        inductor.Compiled, "__call__", lambda self, *given: parts.append(self) or self.graph_module(*self._weights, *given)
+    )
+    with gpu(), inputs[0].fake_mode, torch.no_grad():
+        once, columns = runner.compute(inputs)
+    assert {x.device for x in (*once.values(), *columns.values())} == {CUDA}
+    assert parts
+    assert all(isinstance(part, inductor.Compiled) for part in parts)
+    on_cpu = inductor.Regions().compile_once(fx.symbolic_trace(torch.nn.Linear(2, 2)))
+    assert isinstance(on_cpu, fx.GraphModule)
 
 
 def test_layouts_of_caches_and_weights_on_a_gpu():
