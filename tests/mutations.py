@@ -590,7 +590,7 @@ MUTATIONS = [
         "fxmask/runtime/generation.py",
         " or steady.modes != modes(variant.device_type)",
         "",
-        ("guards/test_calls.py", "guards/test_state.py"),
+        ("runtime/test_steady.py::test_modes_that_change_in_the_middle_of_a_run",),
     ),
     Mutation(
         "steady: the model is as it was",

@@ -185,3 +185,17 @@ def test_rounded_timesteps_take_the_short_way(monkeypatch, dtype):
         for t in torch.tensor(timesteps).to(dtype):
             model(torch.randn(2, 6, 4).to(dtype), t, text)
     assert generation.matched == len(timesteps) - 1
+
+
+@pytest.mark.filterwarnings("ignore:autocast was None")
+def test_modes_that_change_in_the_middle_of_a_run(program):
+    model = fxmask.compile(program, fxmask.rectify(program, every_other(program)), backend="eager")
+    text, added, x = torch.randn(2, 6, 3), {"size": torch.randn(2, 8)}, torch.randn(2, 6, 4)
+    t = torch.tensor(TIMESTEPS).long()
+    with model.generation(), torch.no_grad():
+        for i in range(2):
+            model(x, t[i], text, added=added)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(x, t[2], text, added=added)["sample"]
+            assert torch.equal(got, program.model(x, t[2], text, added=added)["sample"])
+    assert got.dtype == torch.bfloat16
