@@ -22,6 +22,7 @@ from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.coefficients import Coefficients
 from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.prologues import PrecomputedRow, PrologueRunner, Rows
+from fxmask.runtime.static_memory import dense
 
 
 class Ready(NamedTuple):
@@ -75,7 +76,7 @@ class Executor:
         self._ready: dict[int, Ready] = {}
         timestep = self.program.signature.timestep
         self._timestep = self.program.inputs.index(timestep) if timestep in self.program.inputs else -1
-        self._layouts = [_dense_strides(x) for x in self.program.example.tensors.values()]
+        self._layouts = [dense(x)[1] for x in self.program.example.tensors.values()]
 
     @functools.cached_property
     def coefficients(self) -> Coefficients:
@@ -224,9 +225,3 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.untyped_storage().nbytes() > 2 * tensor.numel() * tensor.element_size() + 64:
         return tensor.clone()
     return tensor
-
-
-def _dense_strides(example: torch.Tensor) -> tuple[int, ...]:
-    """Strides that compiled graphs expect of an input: those of the captured call, or contiguous if these overlap."""
-    dense = torch.empty_like(example, device="meta")  # keeps strides where they are dense
-    return tuple(dense.stride())

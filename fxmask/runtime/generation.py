@@ -99,7 +99,7 @@ class Generation:
         self._entered = 0
         self._clock = Clock()
         self._count = 0
-        self._latest: Lane | None = None  # the lane that was called last
+        self._latest: Lane | None = None  # the lane whose step the latest call was, if it was one's
         self.calls = 0
         self.matched = 0
 
@@ -148,10 +148,10 @@ class Generation:
             if value != variant.mask.timesteps[step] and variant.timetable.step_of(value, steady.types, step) != step:
                 return None
             if lane.executor.needs_timestep(step) or not lane.executor.prologues.is_exact(step, value):
-                signature, sample = variant.program.signature, given[steady.inputs[0]]
-                tensors[steady.inputs.index(steady.timestep)] = signature.canonical_timestep(
-                    timestep, sample.device, variant.program.batch_size
-                )
+                program = variant.program
+                place = program.example.sample.device
+                canonical = program.signature.canonical_timestep(timestep, place, program.batch_size)
+                tensors[steady.inputs.index(steady.timestep)] = canonical
         lane.latest, lane.doubtful = step, False
         self._count += 1
         self.calls += 1
@@ -167,6 +167,7 @@ class Generation:
 
     def run(self, variant: Variant, bound: BoundCall) -> list[torch.Tensor] | None:
         """Run one call of the denoiser and move its lane forward; ``None`` if the original must run."""
+        self._latest = None  # a call that is of no lane's run says nothing of the next of one
         tensors = list(bound.tensors.values())
         lane, step, value = self._locate(self._siblings(variant, bound), bound)
         running = step is not None and step == lane.position

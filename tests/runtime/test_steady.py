@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import TIMESTEPS, every_other
@@ -199,3 +200,41 @@ def test_modes_that_change_in_the_middle_of_a_run(program):
             got = model(x, t[2], text, added=added)["sample"]
             assert torch.equal(got, program.model(x, t[2], text, added=added)["sample"])
     assert got.dtype == torch.bfloat16
+
+
+class TimestepFirst(torch.nn.Module):
+    """Its first argument is the timestep, and each step reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x) + t.reshape(-1, 1) / 1000)
+        return x
+
+
+def test_a_number_as_the_first_argument(monkeypatch):
+    torch.manual_seed(0)
+    program = fxmask.capture(TimestepFirst().eval(), {"t": torch.tensor(900), "x": torch.randn(2, 4)})
+    mask = every_other(program)
+    model = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
+    calls = [{"t": int(t), "x": torch.randn(2, 4)} for t in TIMESTEPS]
+    expected = fxmask.reference.run(program, mask, [{**call, "t": torch.tensor(call["t"])} for call in calls])
+    monkeypatch.setattr(Generation, "_siblings", _once(Generation._siblings))
+    with model.generation(), torch.no_grad():
+        assert all(torch.equal(model(**call), want) for call, want in zip(calls, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:none of 2 denoiser calls")
+def test_a_call_that_is_of_no_run_prepares_nothing(program):
+    """A lane whose first call was of a form that is looked at each time, and then a stray call with other conditioning."""
+    mask, added, x = every_other(program), {"size": torch.randn(2, 8)}, torch.randn(2, 6, 4)
+    texts = [torch.randn(2, 6, 3) for _ in range(2)]
+    model = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
+    first = numpy.float64(TIMESTEPS[0])  # no plain number
+    with model.generation() as generation, torch.no_grad():
+        model(x, first, texts[0], added=added)
+        model(x, 650.0, texts[1], added=added)
+        assert [lane.steady for lane in generation._lanes] == [None, None]
