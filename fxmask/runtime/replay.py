@@ -81,7 +81,11 @@ class ReplayingExecutor(Executor):
         if self._problem is not None or not self._capturer.is_idle(self._device):
             return super().begin(tensors)
         with self._capturer.ordered(self._device):
-            lease = before if isinstance(before, Lease) else self.graphs.memories.lend(self.plan.start, self._memory)
+            try:
+                lease = before if isinstance(before, Lease) else self.graphs.memories.lend(self.plan.start, self._memory)
+            except torch.OutOfMemoryError as error:
+                self._give_up(error)
+                return super().begin(tensors)
             if lease is None:
                 self._say_full()
                 return super().begin(tensors)
@@ -118,8 +122,7 @@ class ReplayingExecutor(Executor):
                 try:
                     recorded = self._recorded(memory, step, ready)
                 except BackendError as error:
-                    self._problem = str(error)
-                    logger.warning("steps run one kernel after the other, not as CUDA graphs: %s", error)
+                    self._give_up(error)
                     return super().run_step(step, tensors, cache, rows, exact)
             if ready.before is not None:  # Python that is in no recording: weights that changed are laid out again
                 ready.before()
@@ -131,6 +134,11 @@ class ReplayingExecutor(Executor):
         for slot in ready.drop:
             del cache[slot]
         return outputs
+
+    def _give_up(self, error: Exception) -> None:
+        """Record nothing from here on, and say why."""
+        self._problem = str(error)
+        logger.warning("steps run one kernel after the other, not as CUDA graphs: %s", error)
 
     def _say_full(self) -> None:
         if not self._said_full:

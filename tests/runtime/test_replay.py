@@ -13,6 +13,7 @@ from recorder import Meter, Recorder
 import fxmask
 from fxmask.backends import BACKENDS, Backend
 from fxmask.backends.eager import Eager
+from fxmask.runtime.replay import ReplayingExecutor
 from fxmask.runtime.static_memory import MOST_RUNS
 
 
@@ -202,6 +203,22 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny, monkeypatch, caplog):
     said = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(said) == 1
     assert "out of memory" in said[0].getMessage()
+
+
+def test_too_little_memory_for_recordings(tiny, recorder, monkeypatch, caplog):
+    mask = every_other(tiny)
+    accelerated = accelerated_on(tiny, mask)
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ReplayingExecutor, "_memory", full)
+    for seed in (0, 1):
+        calls = make_calls(seed=seed)
+        assert same(run(accelerated, calls), fxmask.reference.run(tiny, mask, calls))
+    assert [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()] == [
+        "steps run one kernel after the other, not as CUDA graphs: CUDA out of memory"
+    ]
 
 
 def test_a_recording_that_fails_in_the_middle_of_a_run(tiny, with_table):
