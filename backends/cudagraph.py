@@ -60,6 +60,7 @@ class _Place:
         self._lock = threading.RLock()
         self._pool: Any = None
         self._held: Any = None  # keeps the pool alive while no other graph does
+        self._failed: list[Any] = []  # recordings that could not be ended
         self._stream: Any = None  # where recordings are made
         self._latest: Any = None  # the stream that the last replay was launched on
         self._done: Any = None  # when that will be over
@@ -79,12 +80,30 @@ class _Place:
                 self._latest = stream
 
     def record(self, prepare: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
-        if self._pool is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._pool = torch.cuda.graph_pool_handle()
-            self._held = self._recorded(lambda: None, lambda: torch.zeros(1, device=self._device))
+        if self._held is None:
+            self._open_pool()
         graph = self._recorded(prepare, run)
         return graph.replay  # type: ignore[no-any-return]
+
+    def _open_pool(self) -> None:
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._held = self._recorded(lambda: None, lambda: torch.zeros(1, device=self._device))
+
+    def _recover(self, graph: Any) -> None:
+        """Put right what PyTorch leaves behind when a recording could not be ended.
+
+        Its allocators stay in the pool: that of the GPU can be told to leave it, that of pinned memory cannot, refuses to
+        record into this pool ever again, and goes on asking the graph. The GPU's random numbers stay those of a recording, and
+        to draw any is an error, until another recording has ended well. So there is another pool, with a recording in it.
+        """
+        if not leave_pool(self._device, self._pool):
+            return
+        self._failed.append(graph)
+        again, self._held = self._held is not None, None
+        if again:
+            with contextlib.suppress(RuntimeError):  # then the next recording tries it again
+                self._open_pool()
 
     def _recorded(self, prepare: Callable[[], Any], run: Callable[[], Any]) -> Any:
         # Not on the stream that records: a library's workspace for that one must come from the pool of the recordings, or it
@@ -94,17 +113,20 @@ class _Place:
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            # Only this thread's work is recorded, and only its mistakes end the recording: others go on allocating.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run()
-                graph.capture_end()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+        try:
+            with torch.cuda.stream(self._stream):
+                # Only this thread's work is recorded, and only its mistakes end the recording: others go on allocating.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
                     graph.capture_end()
-                leave_pool(self._device, self._pool)
-                raise
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+                        graph.capture_end()
+                    raise
+        except BaseException:
+            self._recover(graph)
+            raise
         current.wait_stream(self._stream)
         return graph
 

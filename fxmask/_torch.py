@@ -121,11 +121,19 @@ def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> 
         torch._foreach_copy_(list(places), list(values), non_blocking=True)
 
 
-def leave_pool(device: torch.device, pool: Any) -> None:
-    """Allocate outside of a pool again after a recording into it has failed, which leaves the allocator inside."""
+def leave_pool(device: torch.device, pool: Any) -> bool:
+    """Allocate outside of a pool again after a recording into it could not be ended, and let go of it in the recording's place.
+
+    Returns:
+        Whether the allocator was inside.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with contextlib.suppress(RuntimeError, AttributeError):
+    try:
         torch._C._cuda_endAllocateToPool(index, pool)
+    except RuntimeError:
+        return False
+    torch._C._cuda_releasePool(index, pool)
+    return True
 
 
 def hooks_so_far() -> int:

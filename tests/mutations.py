@@ -614,6 +614,13 @@ MUTATIONS = [
         ("backends/test_cudagraph.py",),
     ),
     Mutation(
+        "cudagraph: a recording that failed leaves random numbers and pinned memory with it",
+        "backends/cudagraph.py",
+        "                self._open_pool()\n\n    def _recorded",
+        "                pass\n\n    def _recorded",
+        ("backends/test_cudagraph.py",),
+    ),
+    Mutation(
         "buffers: freed before the step that reads them last",
         "passes/assign_buffers.py",
         "        free.extend(of[slot] for slot in step.drop if slot in of)",

@@ -15,11 +15,20 @@ from fxmask.errors import BackendError
 
 
 class Cuda:
-    """``torch.cuda`` as a log."""
+    """``torch.cuda`` as a log, with what PyTorch 2.11 keeps of a recording that could not be ended.
+
+    Attributes:
+        fails: whether recordings cannot be ended.
+        inside: pools that the GPU's allocator is in; ``pinned`` those that the allocator of pinned memory is in.
+        drawing: whether random numbers are those of a recording.
+    """
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.device_now, self.streams, self.fails = 0, {}, False
+        self.pools, self.drawing = 0, False
+        self.inside: list[str] = []
+        self.pinned: list[str] = []
         cuda = self
 
         class Stream:
@@ -42,11 +51,22 @@ class Cuda:
 
         class CUDAGraph:
             def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+                cuda.drawing = True
+                for places in (cuda.inside, cuda.pinned):
+                    if pool in places:
+                        raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+                    places.append(pool)
+                self.pool = pool
                 cuda.log.append(("begin", cuda.current_stream().name, pool, capture_error_mode))
 
             def capture_end(self) -> None:
                 if cuda.fails:
                     raise RuntimeError("the recording was invalidated")
+                if self.pool not in cuda.inside:
+                    raise RuntimeError("it was ended before")
+                cuda.inside.remove(self.pool)
+                cuda.pinned.remove(self.pool)
+                cuda.drawing = False
                 cuda.log.append(("end", cuda.current_stream().name))
 
             def replay(self) -> None:
@@ -83,7 +103,15 @@ class Cuda:
 
     def graph_pool_handle(self) -> str:
         self.log.append(("pool",))
-        return "pool"
+        self.pools += 1
+        return f"pool {self.pools}"
+
+    def leave_pool(self, device: Any, pool: str) -> bool:
+        if pool not in self.inside:
+            return False
+        self.inside.remove(pool)
+        self.log.append(("leave", pool))
+        return True
 
     def is_current_stream_capturing(self) -> bool:
         return False
@@ -99,7 +127,7 @@ def cuda(monkeypatch) -> Cuda:
         zeros=lambda *a, device: made.log.append(("zeros", device)),
     )
     monkeypatch.setattr(cudagraph, "torch", fake)
-    monkeypatch.setattr(cudagraph, "leave_pool", lambda device, pool: made.log.append(("leave", pool)))
+    monkeypatch.setattr(cudagraph, "leave_pool", made.leave_pool)
     cudagraph._place_of.cache_clear()
     yield made
     cudagraph._place_of.cache_clear()
@@ -122,7 +150,7 @@ def test_a_recording(cuda):
     assert [entry for entry in cuda.log if entry[0] == "prepare"] == [("prepare", caller, 1)] * 2
     assert own[1] != caller
     assert own[2] == 1
-    assert [entry for entry in cuda.log if entry[0] == "begin"] == [("begin", own[1], "pool", "thread_local")] * 2
+    assert [entry for entry in cuda.log if entry[0] == "begin"] == [("begin", own[1], "pool 1", "thread_local")] * 2
     at = cuda.log.index(own)
     assert cuda.log[at - 1][0] == "begin"
     assert cuda.log[at + 1] == ("end", own[1])
@@ -177,7 +205,7 @@ def test_threads_come_one_after_the_other(cuda):
 
 
 def test_what_cannot_be_recorded(cuda):
-    """The first error is told, and the allocator leaves the pool."""
+    """The first error is told; allocators, random numbers and later recordings are as if there had been none."""
     capturer = cudagraph.CudaCapturer()
     with capturer.ordered(FIRST):
         capturer.record(note(cuda, "prepare"), note(cuda, "run"), FIRST)
@@ -186,16 +214,81 @@ def test_what_cannot_be_recorded(cuda):
         cuda.fails = True
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    with (
-        capturer.ordered(FIRST),
-        pytest.raises(BackendError, match="could not be recorded as a CUDA graph: operation not permitted"),
-    ):
-        capturer.record(note(cuda, "prepare"), waits, FIRST)
-    assert cuda.log[-1] == ("leave", "pool")
+    def no_longer(*_: Any) -> bool:
+        cuda.fails = False
+        return leave(*_)
+
+    leave, cudagraph.leave_pool = cuda.leave_pool, no_longer  # type: ignore[attr-defined]
+    for k in range(2):
+        with (
+            capturer.ordered(FIRST),
+            pytest.raises(BackendError, match="could not be recorded as a CUDA graph: operation not permitted"),
+        ):
+            capturer.record(note(cuda, "prepare"), waits, FIRST)
+        assert ("leave", f"pool {k + 1}") in cuda.log
+        assert not cuda.inside
+        assert not cuda.drawing, "who draws random numbers would get an error"
+        with capturer.ordered(FIRST):
+            capturer.record(note(cuda, "prepare"), note(cuda, f"run {k}"), FIRST)
+        assert any(entry[0] == f"run {k}" for entry in cuda.log)
+    assert cuda.pools == 3
+
+
+def test_nothing_can_be_recorded_any_more(cuda):
+    """Recovering fails too: the error is the first one, and the next recording tries again."""
+    capturer = cudagraph.CudaCapturer()
+
+    def breaks() -> None:
+        cuda.fails = True
+        raise RuntimeError("the first one")
+
+    for fails in (False, True):  # with and without a recording before
+        cuda.fails = fails
+        with capturer.ordered(FIRST), pytest.raises(BackendError, match="invalidated" if fails else "the first one"):
+            capturer.record(note(cuda, "prepare"), breaks, FIRST)
     cuda.fails = False
     with capturer.ordered(FIRST):
-        capturer.record(note(cuda, "prepare"), note(cuda, "run again"), FIRST)
-    assert any(entry[0] == "run again" for entry in cuda.log)
+        capturer.record(note(cuda, "prepare"), note(cuda, "run"), FIRST)
+    assert not cuda.inside
+    assert not cuda.drawing
+
+
+def test_a_mistake_that_ends_nothing(cuda):
+    """An error of Python's leaves the recording as it was: it is ended, and the pool is kept."""
+    capturer = cudagraph.CudaCapturer()
+
+    def breaks() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with capturer.ordered(FIRST), pytest.raises(BackendError, match="shapes do not fit"):
+        capturer.record(note(cuda, "prepare"), breaks, FIRST)
+    assert (cuda.pools, cuda.inside, cuda.pinned, cuda.drawing) == (1, [], [], False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_what_cannot_be_recorded_on_a_gpu():
+    """What waits cannot; afterwards random numbers are drawn, memory is allocated and steps are recorded as before."""
+    capturer, device = cudagraph.CudaCapturer(), torch.device("cuda", torch.cuda.current_device())
+    x, out = torch.randn(64, 64, device=device), torch.zeros(64, 64, device=device)
+    with capturer.ordered(device):
+        before = capturer.record(lambda: None, lambda: out.copy_(x + 1), device)
+    for k in range(3):
+        with capturer.ordered(device), pytest.raises(BackendError, match="could not be recorded as a CUDA graph"):
+            capturer.record(lambda: None, lambda: out.fill_((x @ x).sum().item()), device)
+        assert torch.randn(8, device=device).isfinite().all()
+        pinned = torch.empty(8, pin_memory=True)
+        large = torch.ones(2**22, device=device)
+        assert pinned.copy_(large[:8]).eq(1).all()
+        own = [s for s in torch.cuda.memory_snapshot() if s["address"] <= large.data_ptr() < s["address"] + s["total_size"]]
+        assert [s["segment_pool_id"] for s in own] == [(0, 0)], "it lies in no pool of recordings"
+        with capturer.ordered(device):
+            replay = capturer.record(lambda: x @ x, lambda k=k: out.copy_(x @ x + k), device)
+            replay()
+        assert torch.allclose(out, x @ x + k, atol=1e-3)
+        with capturer.ordered(device):
+            before()
+        assert torch.equal(out, x + 1)
 
 
 def test_where_nothing_can_be_recorded(cuda):
