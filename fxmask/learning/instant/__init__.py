@@ -1,0 +1,1 @@
+"""Plans from recorded values alone: no further call of the denoiser."""

@@ -1,0 +1,161 @@
+"""Coefficients of forecasts of the whole output in closed form, and where its full steps should be.
+
+A *rule* says what a forecast may read; for a rule and a set of full steps everything follows from the moments: coefficients by
+least squares shrunk towards plain reuse, and the error of the final samples by the sampler's response. Full steps are placed by
+dynamic programming over the last two of them: what lies between two neighbours is formed from these and one more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fxmask.learning.instant.moments import Moments
+
+BENDS = (0.75, 1.0, 1.35, 1.8)  # 1: at equal distances; larger: denser at the beginning
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a forecast of the whole output may read, and how far it is held back.
+
+    Attributes:
+        sources: fresh predictions, at most.
+        samples: noisy samples, the present one first.
+        ridge: how much it is shrunk towards the latest value, as a share of the sources' mean square.
+    """
+
+    sources: int = 3
+    samples: int = 0
+    ridge: float = 1e-5
+
+
+def read_by(rule: Rule, computed: Sequence[int], step: int, steps: int) -> list[int]:
+    """Indices of the values that a step's forecast reads, the latest prediction first.
+
+    Args:
+        rule: of the forecast.
+        computed: full steps, in order.
+        step: that is formed.
+        steps: T; samples come after the T predictions.
+    """
+    earlier = [j for j in reversed(computed) if j < step]
+    return [*earlier[: rule.sources], *(steps + j for j in [step, *earlier][: rule.samples])]
+
+
+def solve(gram: np.ndarray, read: Sequence[int], step: int, ridge: float) -> np.ndarray:
+    """Coefficients ``[n]`` of the values that are read, for the prediction of a step."""
+    at = np.asarray(read)
+    inner, prior = gram[np.ix_(at, at)], np.eye(len(at))[0]
+    shrunk = inner + (ridge * np.trace(inner) / len(at) + 1e-30) * np.eye(len(at))
+    moved: np.ndarray = prior + np.linalg.solve(shrunk, gram[at, step] - inner @ prior)
+    return moved
+
+
+def fitted(moments: Moments, rule: Rule, computed: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
+    """By formed step: what it reads and with which coefficients."""
+    gram, steps = moments.plain.numpy(), moments.steps
+    result = {}
+    for step in sorted(set(range(steps)) - set(computed)):
+        read = read_by(rule, computed, step, steps)
+        result[step] = read, solve(gram, read, step, rule.ridge).tolist()
+    return result
+
+
+def deviation_of(moments: Moments, terms: dict[int, tuple[list[int], list[float]]]) -> torch.Tensor:
+    """Shares ``[V]`` of the values in the final samples' error, to first order and without the denoiser's own answer to it."""
+    total = torch.zeros(len(moments.plain), dtype=torch.float64)
+    for step, (read, coefficients) in terms.items():
+        weight = moments.weights[step]
+        total[step] -= weight
+        total.index_add_(0, torch.tensor(read), weight * torch.tensor(coefficients, dtype=torch.float64))
+    return total
+
+
+def spaced(steps: int, count: int, bend: float) -> list[int]:
+    """Full steps at equal distances, or bent; the first two are among them where there are three or more."""
+    computed: list[int] = []
+    for k in range(count):
+        wanted = round((k / count) ** bend * steps)
+        computed.append(min(max(wanted, computed[-1] + 1 if computed else 0), steps - count + k))
+    if count > 2:
+        computed = sorted({0, 1, *computed})
+        while len(computed) > count:
+            computed.remove(computed[len(computed) // 2])
+    return computed
+
+
+class Placement:
+    """Where full steps are best, by a rule, on some moments. Exact for the sum of the errors between neighbours.
+
+    Args:
+        moments: of recorded runs.
+        rule: of forecasts.
+    """
+
+    def __init__(self, moments: Moments, rule: Rule) -> None:
+        self.steps = moments.steps
+        self._costs = _costs_between(moments, rule)
+
+    def best(self, count: int) -> list[int]:
+        """So many full steps, the first among them."""
+        steps = self.steps
+        errors = np.full((steps + 1, steps), np.inf)  # [last but one, last]; the index T: there is none
+        errors[steps, 0] = 0.0
+        came = []
+        for _ in range(count - 1):
+            total = errors[:, :, None] + self._costs[:, :, :steps]
+            came.append(total.argmin(axis=0))
+            following = np.full_like(errors, np.inf)
+            following[:steps] = total.min(axis=0)
+            errors = following
+        ends = errors + self._costs[:, :, steps]
+        before, last = (int(x) for x in np.unravel_index(int(ends.argmin()), ends.shape))
+        path = [last]
+        for table in reversed(came):
+            path.append(before)
+            before, last = int(table[before, last]), before
+        return sorted(path)
+
+
+def _costs_between(moments: Moments, rule: Rule) -> np.ndarray:
+    """``[T + 1, T, T + 1]``: error of the steps between full steps j and k when p was the one before j, as ``[p, j, k]``.
+
+    Of a third source it is assumed that it lies as far before p as p before j. Deviations between j and k are added before they
+    are squared: errors of neighbours add up.
+    """
+    steps, plain, effective = moments.steps, moments.plain.numpy(), moments.effective.numpy()
+    weights = moments.weights.numpy()
+    costs = np.full((steps + 1, steps, steps + 1), np.inf)
+    for j in range(steps):
+        for p in range(j) if j else (steps,):
+            known = [j] if p == steps else _with_more_before(j, p, rule.sources)
+            costs[p, j, j + 1] = 0.0
+            rest = np.arange(j + 1, steps)
+            if not len(rest):
+                continue
+            moved = np.zeros((len(rest), len(plain)))
+            moved[np.arange(len(rest)), rest] = -weights[rest]
+            if rule.samples:
+                for row, step in enumerate(rest):
+                    read = [*known[: rule.sources], *(steps + x for x in [int(step), *known][: rule.samples])]
+                    moved[row, read] += weights[step] * solve(plain, read, int(step), rule.ridge)
+            else:
+                read = known[: rule.sources]
+                inner, prior = plain[np.ix_(read, read)], np.eye(len(read))[0]
+                shrunk = inner + (rule.ridge * np.trace(inner) / len(read) + 1e-30) * np.eye(len(read))
+                found = prior[:, None] + np.linalg.solve(shrunk, plain[np.ix_(read, rest)] - (inner @ prior)[:, None])
+                moved[:, read] += weights[rest][:, None] * found.T
+            total = np.cumsum(moved, axis=0)
+            costs[p, j, j + 2 :] = np.einsum("nv,vw,nw->n", total, effective, total, optimize=True)
+    return costs
+
+
+def _with_more_before(j: int, p: int, sources: int) -> list[int]:
+    known = [j, p]
+    while len(known) < sources and known[-1] > 0:
+        known.append(max(0, known[-1] - (j - p)))
+    return known
