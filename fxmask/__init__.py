@@ -1,7 +1,7 @@
 """fxmask: an optimising compiler for the sampling loop of diffusion models."""
 
 from fxmask import policies, reference
-from fxmask.api import accelerate, compile, learn, load, pareto
+from fxmask.api import accelerate, compile, learn, load, pareto, restore, save
 from fxmask.errors import (
     BackendError,
     CaptureError,
@@ -78,5 +78,7 @@ __all__ = [
     "rectify",
     "reference",
     "relative_error",
+    "restore",
+    "save",
     "switched_off",
 ]

@@ -22,28 +22,37 @@ from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import ParetoPoint
 from fxmask.learning.effort import EFFORTS, Limits
+from fxmask.learning.instant.plans import InstantLearner, formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.learner import learn_paper
 from fxmask.learning.paper.options import PaperOptions
 from fxmask.learning.precision import check_learn_dtype, exact, widened
+from fxmask.learning.prices import measure_latency, per_step
 from fxmask.learning.ranks import Group
 from fxmask.learning.room import Room
 from fxmask.learning.search import Search
 from fxmask.passes.rectify import rectify
+from fxmask.runtime.checks import Checks
 from fxmask.runtime.compare_steps import compare_steps
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.sampling.same_sampler import abbreviated, cannot_make, is_same_grid, sampler_facts, scheduler_facts, timesteps_of
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.schedulers import require_scheduler
 from fxmask.sampling.trajectory import record
+from fxmask.settings.pipeline import denoiser_of, install, is_a_pipeline, original_of, session_of
+from fxmask.settings.pipeline import restore as restore_pipeline
+from fxmask.settings.saved import load_settings, save_settings
+from fxmask.settings.session import Session, checks_of
 from fxmask.storage.differences import differences
 from fxmask.storage.folders import read_again
 from fxmask.storage.packages import agrees, is_package, read_package
+from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan
 
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
+EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
 LEARNERS = ("default", "paper")
 COSTS = ("macs", "latency")
 
@@ -51,7 +60,7 @@ T = TypeVar("T")
 
 
 def accelerate(
-    model: torch.nn.Module,
+    model: Any,
     scheduler: Any = None,
     *,
     num_inference_steps: int = 50,
@@ -67,18 +76,27 @@ def accelerate(
     max_learning_bytes: int | None = None,
     learn_dtype: torch.dtype = torch.float32,
     learner: str = "default",
-    effort: str = "default",
+    effort: str = "instant",
     cost: str = "macs",
     checkpoint: str | Path | None = None,
     backend: str = "auto",
     mode: str | None = None,
+    component: str | None = None,
+    improve: str | None = None,
+    every: int = 0,
     seed: int = 0,
     progress: bool = True,
-) -> AcceleratedModel:
-    """Accelerate a denoiser for a sampler.
+) -> Any:
+    """Accelerate a denoiser for a sampler, or a pipeline in place.
+
+    With ``effort="instant"`` a plan is made of recorded predictions alone. For a model one run is recorded now. A pipeline is
+    returned at once: its first call at any setting (steps, size, scheduler, guidance, adapters) runs in full, makes what it
+    always made, and is recorded in passing; from the second call on that setting is accelerated. What is given of
+    ``num_inference_steps``, ``example_inputs``, ``step_kwargs`` and ``scheduler_kwargs`` is for models.
 
     Args:
-        model: the denoiser, in eval mode; its weights are shared, not copied.
+        model: the denoiser, in eval mode; its weights are shared, not copied. Or a pipeline: an object that holds modules and a
+            scheduler as attributes and is called. It is returned, with its denoiser replaced; ``fxmask.restore`` undoes that.
         scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Needed, and not
             changed.
         num_inference_steps: how many steps the sampler will take.
@@ -96,7 +114,8 @@ def accelerate(
             model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
-        effort: ``"default"`` or ``"quick"``: how many sampling runs learning may take; see ``fxmask.learn``.
+        effort: ``"instant"`` (none but the recorded run), ``"quick"`` or ``"default"``: how many sampling runs learning may
+            take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it.
         backend: ``"auto"`` (Inductor, the compiler of torch.compile; steps are replayed as CUDA graphs where the model is on an
@@ -104,6 +123,10 @@ def accelerate(
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default: equal parts of all step graphs once) or ``"whole"`` (each
             step graph on its own, which takes longer to compile).
+        component: name of the pipeline's denoiser, where it is none of the usual ones.
+        improve: ``"background"``: plans of a pipeline are made better in a thread of its own, when further runs were recorded.
+        every: one call of a pipeline in so many runs in full and is recorded, so that plans follow what it is used for;
+            0: none.
         seed: of the recorded noise and of learning.
         progress: show progress bars.
 
@@ -118,8 +141,28 @@ def accelerate(
         outcome.refuse_with("mask")
         _expect(mask, Mask, "mask", "fxmask.Mask(compute=..., timesteps=..., blocks=...)")
     get_backend(backend).compiler(mode)
+    _check_choice("effort", effort, ("instant", *EFFORTS))
+    _check_choice("cost", cost, COSTS)
+    if is_a_pipeline(model):
+        return _accelerate_pipeline(
+            model,
+            scheduler,
+            outcome,
+            refused={"mask": mask is not None, "learner": learner != "default", "cost": cost != "macs"},
+            effort=effort,
+            limits=Limits(max_graphs, max_cache_bytes),
+            max_learning_bytes=max_learning_bytes,
+            backend=backend,
+            mode=mode,
+            component=component,
+            improve=improve,
+            every=every,
+            progress=progress,
+        )
     model = _denoiser(model)
     get_backend(backend).capturer_for(module_device(model))
+    if learner == "paper" and effort == "instant":
+        effort = "default"  # it has one, of its own
     # 1. record
     trajectories = [
         record(
@@ -132,13 +175,16 @@ def accelerate(
             scheduler_kwargs=scheduler_kwargs,
             seed=s,
         )
-        for s in tqdm(_seeds(seed, mask, learner), desc="recording", unit="run", disable=not progress)
+        for s in tqdm(_seeds(seed, mask, learner, effort), desc="recording", unit="run", disable=not progress)
     ]
     first = trajectories[0]
     # 2. capture, and find the blocks
     program = capture(model, first.calls[0][0])
     # 3. learn
-    if mask is None:
+    checks: Checks | None = None
+    if mask is None and effort == "instant":
+        mask, checks = _fit_at_once(program, trajectories, outcome, Limits(max_graphs, max_cache_bytes), cost, backend)
+    elif mask is None:
         mask = learn(
             program,
             trajectories,
@@ -166,8 +212,103 @@ def accelerate(
     # 4. rectify
     plan = rectify(program, mask)
     # 5. specialise and compile
-    accelerated = AcceleratedModel(program, plan, backend, mode, facts=sampler_facts(first))
+    accelerated = AcceleratedModel(program, plan, backend, mode, facts=sampler_facts(first), checks=checks)
+    if checks is not None:
+        limits = Limits(max_graphs, max_cache_bytes)
+        session = Session(accelerated, None, outcome, limits=limits, backend=backend, mode=mode, progress=progress)
+        session.take_over(program, trajectories, mask, checks)
     return accelerated if backend == "eager" else accelerated.compile_all(progress=progress)
+
+
+def restore(model: Any) -> Any:
+    """Undo ``accelerate``: put the original denoiser back into a pipeline.
+
+    Args:
+        model: an accelerated pipeline, or an accelerated model.
+
+    Returns:
+        The pipeline, or the original of the model. What is not accelerated is returned as it is.
+    """
+    if isinstance(model, torch.nn.Module):
+        return model.original if getattr(type(model), "is_accelerated", False) else model
+    return restore_pipeline(model)
+
+
+def save(model: Any, folder: str | Path) -> None:
+    """Save the plans of an accelerated pipeline, of all settings that have one, or the plan of an accelerated model.
+
+    ``fxmask.load(folder, pipe)`` reads them. No weights, and no recorded runs.
+
+    Raises:
+        InputError: it is not accelerated, or no setting has a plan yet.
+        MaskError: the folder holds something else or cannot be written.
+    """
+    if isinstance(model, torch.nn.Module):
+        if not getattr(type(model), "is_accelerated", False):
+            raise InputError(f"this {type(model).__name__} is not accelerated; call fxmask.accelerate() first")
+        model.save(folder)  # type: ignore[operator]
+    else:
+        save_settings(session_of(model), Path(folder))
+
+
+def _accelerate_pipeline(
+    pipe: Any,
+    scheduler: Any,
+    outcome: Outcome,
+    *,
+    refused: Mapping[str, bool],
+    effort: str,
+    limits: Limits,
+    max_learning_bytes: int | None,
+    backend: str,
+    mode: str | None,
+    component: str | None,
+    improve: str | None,
+    every: int,
+    progress: bool,
+) -> Any:
+    """Put an accelerated denoiser without a plan into a pipeline."""
+    if improve not in (None, "background"):
+        raise InputError(f"improve={improve!r} is unknown; pass 'background', or leave it out")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
+        raise InputError(f"every={every!r} must be 0, or a whole number from 2 on: one call in so many runs in full")
+    named = [name for name, given in {**refused, "scheduler": scheduler is not None}.items() if given]
+    if named:
+        raise InputError(f"{named} is for a model; a pipeline has a scheduler of its own, and its plans are made of its calls")
+    if effort != "instant":
+        raise InputError(
+            f"effort={effort!r} needs calls to learn from: call the accelerated pipeline first, then "
+            f"pipe.{denoiser_of(pipe, component)}.improve(effort={effort!r})"
+        )
+    name = denoiser_of(pipe, component)
+    model = _denoiser(original_of(pipe, name))
+    get_backend(backend).capturer_for(module_device(model))
+    session = Session(
+        AcceleratedModel.without_plan(model),
+        name,
+        outcome,
+        limits=limits,
+        backend=backend,
+        mode=mode,
+        max_learning_bytes=max_learning_bytes,
+        improve=improve,
+        every=every or (EVERY if improve else 0),
+        progress=progress,
+    )
+    install(pipe, name, session)
+    return pipe
+
+
+def _fit_at_once(
+    program: Program, runs: Sequence[Sampler], outcome: Outcome, limits: Limits, cost: str, backend: str
+) -> tuple[Mask, Checks | None]:
+    """The plan of recorded runs alone."""
+    prices = None
+    if cost == "latency":
+        prices = per_step(program, measure_latency(program, backend))
+    learner = InstantLearner(runs)
+    plan = learner.best(outcome, formed_share(program, prices), keeper(program, runs[0], limits))
+    return plan.mask(program, runs[0], sampler_facts(runs[0])), checks_of(learner, plan, outcome.max_error)
 
 
 def learn(
@@ -207,8 +348,8 @@ def learn(
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939, which takes neither ``effort`` nor
             ``checkpoint`` and learns from the first recorded run.
-        effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25)
-            or ``"quick"`` (18).
+        effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25), ``"quick"`` (18),
+            or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions).
         checkpoint: a file that keeps what was measured; the same call goes on from it.
         options: of the paper's learner.
         cost: what a speed-up is a ratio of: ``"macs"``, or ``"latency"``, seconds measured on this machine
@@ -226,10 +367,12 @@ def learn(
     outcome = Outcome(speedup, macs, max_error)
     limits = Limits(max_graphs, max_cache_bytes)
     _check_choice("learner", learner, LEARNERS)
-    _check_choice("effort", effort, tuple(EFFORTS))
+    _check_choice("effort", effort, ("instant", *EFFORTS))
     _check_choice("cost", cost, COSTS)
     trajectories = _listed(calls)
     check_learn_dtype(learn_dtype)
+    if effort == "instant" and learner == "default":
+        return _fit_at_once(program, trajectories, outcome, limits, cost, backend)[0]
     room = _room(max_learning_bytes, program)
     if learner == "paper":
         refused = {"cost": cost != "macs", "effort": effort != "default", "checkpoint": checkpoint is not None}
@@ -334,15 +477,15 @@ def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | 
 
 def load(
     folder: str | Path,
-    model: torch.nn.Module,
+    model: Any,
     scheduler: Any = None,
     *,
     backend: str | None = None,
     mode: str | None = None,
     allow_compiled: bool = False,
     progress: bool = True,
-) -> AcceleratedModel:
-    """Accelerate a model with what ``AcceleratedModel.save`` or ``export`` wrote.
+) -> Any:
+    """Accelerate a model with what ``AcceleratedModel.save`` or ``export`` wrote, or a pipeline with what ``save`` wrote.
 
     A folder from ``export`` holds machine code. With ``allow_compiled=True`` it is loaded without capture and without
     compilation; each step graph is compared once with what it was compiled from.
@@ -364,6 +507,8 @@ def load(
     """
     if isinstance(folder, torch.nn.Module):
         raise InputError("the folder comes first: fxmask.load(folder, model, scheduler)")
+    if is_a_pipeline(model):
+        return load_settings(Path(folder), model, backend=backend or "auto", mode=mode, progress=progress)
     model, place = require_denoiser(model), Path(folder)
     packaged = backend in (None, "package") and read_again(place, lambda: is_package(place))
     if packaged and not allow_compiled:
@@ -392,7 +537,7 @@ def load(
 def _capture_saved(model: torch.nn.Module, example: Mapping[str, Any], roles: Mapping[str, str]) -> Program:
     """Capture for a saved call, where the model is now, and in its type if it does not take the one that was saved."""
     device, dtype = module_device(model), module_dtype(model)
-    placed = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), dict(example))
+    placed = placed_call(example, device)
     sample = next((x for x in pytree.tree_leaves(placed.get(Signature.of(model).sample)) if isinstance(x, torch.Tensor)), None)
     if sample is None or not sample.is_floating_point() or sample.dtype == dtype:
         return capture(model, placed, roles=roles)
@@ -437,9 +582,9 @@ def _room(max_learning_bytes: int | None, program: Program) -> Room:
     return room
 
 
-def _seeds(seed: int, mask: Mask | None, learner: str) -> list[int]:
-    """Of the runs that are recorded: one where nothing, or only the paper's learner, learns from them."""
-    count = 1 if mask is not None or learner == "paper" else max(RECORDED_RUNS, 2 * Group.current().size)
+def _seeds(seed: int, mask: Mask | None, learner: str, effort: str) -> list[int]:
+    """Of the runs that are recorded: one where nothing, or only the paper's learner, learns from them, or one is enough."""
+    count = 1 if mask is not None or learner == "paper" or effort == "instant" else max(RECORDED_RUNS, 2 * Group.current().size)
     return [seed + k for k in range(count)]
 
 

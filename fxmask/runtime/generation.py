@@ -15,6 +15,7 @@ from fxmask.ir.calls import BoundCall
 from fxmask.ir.forecast import Cache
 from fxmask.ir.rebind import TENSORS
 from fxmask.runtime import clock
+from fxmask.runtime.checks import RunChecks
 from fxmask.runtime.clock import Clock
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
@@ -45,6 +46,8 @@ class Lane:
     latest: int | None = None  # the step of the latest call that the plan knows
     stats: Run | None = None  # of the run that it is in
     steady: Steady | None = None  # what its next call looks like
+    checks: RunChecks | None = None  # of the run that it is in
+    is_over: bool = False  # the run's error is estimated to pass its bound: all that is left of it is computed
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
 
     def forget(self) -> None:
@@ -88,12 +91,12 @@ class Generation:
     Args:
         variants: the programs of the model that is called.
         marks: the generations that are marked in each context.
+        predicts: timesteps that are slow to read are predicted: the caller vouches for their sequence.
     """
 
-    _predicts = True  # timesteps that are slow to read: the caller vouches for their sequence
-
-    def __init__(self, variants: Variants, marks: Marks[Generation]) -> None:
+    def __init__(self, variants: Variants, marks: Marks[Generation], *, predicts: bool = True) -> None:
         self._variants = variants
+        self._predicts = predicts
         self._marks = marks
         self._lanes: list[Lane] = []
         self._entered = 0
@@ -102,6 +105,11 @@ class Generation:
         self._latest: Lane | None = None  # the lane whose step the latest call was, if it was one's
         self.calls = 0
         self.matched = 0
+
+    @property
+    def variants(self) -> Variants:
+        """The programs of the model, and the plan."""
+        return self._variants
 
     def __enter__(self) -> Generation:
         self._marks.enter(self)
@@ -134,6 +142,8 @@ class Generation:
         step, steady, variant = lane.position, lane.steady, lane.variant
         if step is None or steady is None or steady.modes != modes(variant.device_type) or not variant.unchanged_in_step():
             return None
+        if self._is_over(lane, step):
+            return None  # a full graph takes more than this way prepares
         if len(self._lanes) > 1 and any(x is not lane and x.is_twin_of(lane) for x in self._lanes):
             return None  # whose turn it is must be found out
         tensors, value = [given[k] for k in steady.inputs], None
@@ -162,7 +172,7 @@ class Generation:
     def remember(self, bound: BoundCall, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Prepare for calls that go on like the one that has just been run."""
         lane = self._latest
-        if lane is not None and lane.steady is None and lane.is_going:
+        if lane is not None and lane.steady is None and lane.is_going and not lane.is_over:
             lane.steady = Steady.of(lane.variant, bound, args, kwargs)
 
     def run(self, variant: Variant, bound: BoundCall) -> list[torch.Tensor] | None:
@@ -203,6 +213,8 @@ class Generation:
             lane.rows, lane.steady = (), None
             lane.weights = None
             lane.stats = self._variants.history.begin()
+            lane.is_over, lane.checks = False, None if self._variants.checks is None else RunChecks(self._variants.checks)
+            lane.stats.checks = lane.checks
         self._latest = lane
         return self._advance(lane, step, tensors, value, running)
 
@@ -214,8 +226,11 @@ class Generation:
         if running:
             self.matched += 1
             self._variants.followed()
+        over = running and self._is_over(lane, step)
         # If the step raises, the position is not known to have been reached: the next call must not go on from it.
         lane.position = None
+        if over:
+            return self._advance_in_full(lane, step, tensors)
         with variant.graph_mode():
             watch = executor.prologues.weights
             if lane.weights is None or watch.changed(lane.weights, step):  # a new run, or weights changed in the middle of one
@@ -227,6 +242,29 @@ class Generation:
             lane.rows, lane.steady = (), None  # the run is over: memory that it has is for the next
         assert lane.stats is not None
         lane.stats.add(executor.plan.steps[step].macs, executor.plan.full_macs, followed=running)
+        if lane.checks is not None and executor.plan.steps[step].macs == executor.plan.full_macs:
+            lane.checks.computed(step, outputs[0])
+        return outputs
+
+    def _is_over(self, lane: Lane, step: int) -> bool:
+        """Whether the rest of a lane's run is computed, because its error is estimated to pass the plan's bound."""
+        if not lane.is_over and lane.checks is not None and lane.checks.is_over():
+            lane.is_over = True
+            if lane.stats is not None:
+                lane.stats.guarded = step
+        return lane.is_over
+
+    def _advance_in_full(self, lane: Lane, step: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run one step of a lane without its plan; nothing is stored, so it cannot go back to the plan in this run."""
+        executor, variant = lane.executor, lane.variant
+        lane.cache = {}
+        with variant.graph_mode():
+            outputs = variant.executor(0).run_full(tensors)
+        lane.position = step + 1
+        if lane.position == variant.mask.num_steps:
+            lane.rows, lane.steady = (), None
+        assert lane.stats is not None
+        lane.stats.add(executor.plan.full_macs, executor.plan.full_macs, followed=True)
         return outputs
 
     def _missed(self, lane: Lane, again: bool, value: float | None) -> None:
@@ -395,7 +433,8 @@ class Generation:
 class InferredGeneration(Generation):
     """Runs that nobody marked, one after the other: they are told apart by their timesteps and conditioning."""
 
-    _predicts = False
+    def __init__(self, variants: Variants, marks: Marks[Generation]) -> None:
+        super().__init__(variants, marks, predicts=False)
 
     def start_again(self) -> None:
         """Count the calls of the next run, after a warning if the last one was not accelerated."""

@@ -7,6 +7,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fxmask.runtime.checks import RunChecks
+
 LATEST = 8  # runs that are remembered
 MISSES = 3  # calls in a row that could have followed the plan and did not, before a warning
 
@@ -44,6 +46,8 @@ class Run:
         macs: multiply-accumulates that were spent.
         full_macs: of the same calls without a mask.
         original: calls that the original model answered.
+        guarded: the step from which on everything was computed, because the error was estimated to pass ``max_error``.
+        checks: of the predictions of its full steps, where there are any.
     """
 
     calls: int = 0
@@ -51,6 +55,13 @@ class Run:
     macs: int = 0
     full_macs: int = 0
     original: int = 0
+    guarded: int | None = None
+    checks: RunChecks | None = None
+
+    @property
+    def error(self) -> tuple[float, ...] | None:
+        """Estimated relative L2 error of every image; ``None`` where it cannot be told. Waits for the device."""
+        return None if self.checks is None else self.checks.error()
 
     def add(self, macs: int, full_macs: int, followed: bool = False, original: bool = False) -> None:
         """Count one call."""
@@ -67,6 +78,11 @@ class Run:
 
     def __str__(self) -> str:
         text = f"{self.calls} calls, {self.followed} followed the plan, {self.ratio:.2f}x fewer MACs"
+        errors = self.error
+        if errors:
+            text += f", estimated error {max(errors):.2g}" + (f" (worst of {len(errors)} images)" if len(errors) > 1 else "")
+        if self.guarded is not None:
+            text += f", everything computed from step {self.guarded} on"
         return f"{text}, {self.original} by the original" if self.original else text
 
 

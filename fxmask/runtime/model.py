@@ -24,7 +24,7 @@ import torch
 from fxmask._torch import COMPILED_CALL, MODULE_INTERNALS, share_state
 from fxmask.backends.package import Package, Packages
 from fxmask.backends.protocol import Compiler
-from fxmask.errors import MaskError
+from fxmask.errors import InputError, MaskError
 from fxmask.frontend.capture import capture
 from fxmask.guards.ambient import needs_gradients
 from fxmask.ir.block import Block
@@ -35,6 +35,8 @@ from fxmask.ir.program import Program
 from fxmask.ir.rebind import Rebinder
 from fxmask.passes.rectify import rectify
 from fxmask.passes.step_graph import StepGraph
+from fxmask.runtime.account import Improver
+from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
 from fxmask.runtime.generation import Generation, InferredGeneration
@@ -64,15 +66,31 @@ class _Private:
         inferred: by caller, a generation that is inferred where none is marked.
         bind: puts calls into the form of ``program.signature``.
         facts: about the sampler that the plan was made for.
+        learner: makes plans from runs and better ones of more, if there is one.
     """
 
     model: torch.nn.Module
-    variants: Variants
+    variants: Variants | None
     marks: Marks[Generation]
     caller: contextvars.ContextVar[_Caller | None]
     inferred: weakref.WeakKeyDictionary[_Caller, InferredGeneration]
-    bind: Rebinder
+    bind: Rebinder | None
     facts: dict[str, Any] = field(default_factory=dict)
+    learner: Improver | None = None
+
+    @property
+    def planned(self) -> Variants:
+        """Of the plan that was used last.
+
+        Raises:
+            InputError: there is no plan yet.
+        """
+        if self.variants is None:
+            raise InputError(
+                f"this {type(self.model).__name__} has no plan yet: the first call of its pipeline runs in full and is "
+                "recorded, and the second makes a plan of it. Call the pipeline twice, or pass effort='quick' to accelerate()"
+            )
+        return self.variants
 
 
 class _Caller:
@@ -96,6 +114,7 @@ class AcceleratedModel(torch.nn.Module):
         mode: of the backend, see ``fxmask.compile``.
         compiler: of the backend for this form of call, if it comes from a package; others are compiled with Inductor then.
         facts: about the sampler that the plan was made for; ``save`` writes them.
+        checks: of the plan's full steps, for ``report``.
     """
 
     is_accelerated: ClassVar[bool] = True  # what an instance says of its class is the original's
@@ -114,6 +133,7 @@ class AcceleratedModel(torch.nn.Module):
         *,
         compiler: Compiler | None = None,
         facts: Mapping[str, Any] | None = None,
+        checks: Checks | None = None,
     ) -> None:
         super().__init__()
         if plan.fingerprint != program.fingerprint:
@@ -121,18 +141,40 @@ class AcceleratedModel(torch.nn.Module):
                 f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
             )
         model = program.model
+        self._stand_in_for(model)
+        self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks), facts)
+
+    @classmethod
+    def without_plan(cls, model: torch.nn.Module) -> AcceleratedModel:
+        """A model that is the original until it is given a plan, by ``adopt``."""
+        made: AcceleratedModel = object.__new__(stand_in(cls, type(model)))
+        torch.nn.Module.__init__(made)
+        made._stand_in_for(model)
+        return made
+
+    def _stand_in_for(self, model: torch.nn.Module) -> None:
         private = _Private(
             model=model,
-            variants=Variants(program, plan, backend, mode, compiler),
+            variants=None,
             marks=Marks(),
             caller=contextvars.ContextVar("fxmask_caller", default=None),
             inferred=weakref.WeakKeyDictionary(),
-            bind=Rebinder(program.signature),
-            facts=dict(facts or {}),
+            bind=None,
         )
         # The original's own dictionaries: parameters, submodules and what is later done to them stay one and the same.
         share_state(self, model)
         self.__dict__.update(_fxmask=private, training=model.training, __module__=type(model).__module__)
+
+    def adopt(self, variants: Variants, facts: Mapping[str, Any] | None = None) -> None:
+        """Use a plan from now on, where no generation is marked that uses another one.
+
+        Args:
+            variants: the programs of this model, and the plan.
+            facts: about the sampler that the plan was made for.
+        """
+        private = self._fxmask
+        private.variants, private.bind, private.facts = variants, Rebinder(variants.program.signature), dict(facts or {})
+        private.inferred.clear()  # their lanes go on with the plan before
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -154,12 +196,12 @@ class AcceleratedModel(torch.nn.Module):
     @property
     def program(self) -> Program:
         """The captured denoiser."""
-        return self._fxmask.variants.program
+        return self._fxmask.planned.program
 
     @property
     def plan(self) -> Plan:
         """What each step computes, loads and stores."""
-        return self._fxmask.variants.plan
+        return self._fxmask.planned.plan
 
     @property
     def mask(self) -> Mask:
@@ -174,17 +216,17 @@ class AcceleratedModel(torch.nn.Module):
     @property
     def executor(self) -> Executor:
         """What runs the steps at the captured form of call: graphs, caches, prologues. For tools that look inside."""
-        return self._fxmask.variants.executor()
+        return self._fxmask.planned.executor()
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """The denoiser as it was captured for each form of call (shapes, types) that was seen."""
-        return tuple(variant.program for variant in self._fxmask.variants.known)
+        return tuple(variant.program for variant in self._fxmask.planned.known)
 
     @property
     def how_compiled(self) -> tuple[str, str | None]:
         """Backend and mode for forms of call that are captured now; those of a package are compiled with Inductor."""
-        return self._fxmask.variants.elsewhere
+        return self._fxmask.planned.elsewhere
 
     @property
     def step_graphs(self) -> tuple[StepGraph, ...]:
@@ -208,36 +250,45 @@ class AcceleratedModel(torch.nn.Module):
         Threads and asyncio tasks have their own. Generators do not: of two that are advanced in turn, each inside of its own
         ``generation()``, a call belongs to the one that is running.
         """
-        return Generation(self._fxmask.variants, self._fxmask.marks)
+        return self.generation_of(self._fxmask.planned)
+
+    def generation_of(self, variants: Variants, *, predicts: bool = True) -> Generation:
+        """The same with one of several plans.
+
+        Args:
+            variants: the programs of this model, and the plan.
+            predicts: whether the caller vouches for the sequence of timesteps; see ``Clock``.
+        """
+        return Generation(variants, self._fxmask.marks, predicts=predicts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and return value are the original's."""
         private = self._fxmask
-        if private.model.training:
+        if private.model.training or private.variants is None or private.bind is None:
             return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
         with torch.no_grad() if recording else NOTHING:
             followed = generation.follow(args, kwargs, recording)
         if followed is not None:
             return followed[0]
-        bound = private.bind(args, kwargs)
+        bound, variants = private.bind(args, kwargs), generation.variants
         if needs_gradients(bound.tensors):
-            private.variants.warn(
+            variants.warn(
                 "gradients",
                 "a gradient is taken through the denoiser, and a graph records none, so the original model runs, "
                 "unaccelerated. Call it under torch.no_grad() where the gradient is not used",
             )
-            private.variants.history.unplanned(self.program.macs, original=True)
+            variants.history.unplanned(variants.program.macs, original=True)
             return private.model(*args, **kwargs)
         with torch.no_grad():
-            variant = generation.variant_in_use(bound) or private.variants.of(bound)
+            variant = generation.variant_in_use(bound) or variants.of(bound)
             outputs = None if variant is None else generation.run(variant, bound)
             if variant is None:
                 generation.interrupt()
-                private.variants.history.unplanned(self.program.macs, original=True)
+                variants.history.unplanned(variants.program.macs, original=True)
             if variant is None or outputs is None:
                 result = private.model(*args, **kwargs)
-                private.variants.answered(bound)
+                variants.answered(bound)
                 return result
             generation.remember(bound, args, kwargs)
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
@@ -253,7 +304,7 @@ class AcceleratedModel(torch.nn.Module):
             private.caller.set(caller)
         inferred = private.inferred.get(caller)
         if inferred is None:
-            inferred = private.inferred[caller] = InferredGeneration(private.variants, private.marks)
+            inferred = private.inferred[caller] = InferredGeneration(private.planned, private.marks)
         elif inferred.calls >= max(2, self.mask.num_steps):
             inferred.start_again()
         return inferred
@@ -266,7 +317,30 @@ class AcceleratedModel(torch.nn.Module):
 
     def report(self) -> Report:
         """What the plan saves, and what the latest runs did, as a table when printed; ``.to_dict()`` for programs."""
-        return Report.of(self.program, self.plan, self._fxmask.variants.history.runs)
+        private = self._fxmask
+        account = None if private.learner is None else private.learner.account()
+        return Report.of(self.program, self.plan, private.planned.history.runs, private.planned.checks, account)
+
+    def improve(self, effort: str = "quick", **options: Any) -> bool:
+        """Spend time on a better plan, and use it from the next run on if recorded runs that it was not made from say so.
+
+        Args:
+            effort: ``"instant"`` (fits again, with all runs that were recorded since), ``"quick"`` or ``"default"``.
+            options: of ``fxmask.learn``, e.g. ``progress=False``.
+
+        Returns:
+            Whether the plan was replaced.
+
+        Raises:
+            InputError: the plan was given, or loaded without what it was learned from: nothing was recorded to learn from.
+        """
+        learner = self._fxmask.learner
+        if learner is None:
+            raise InputError(
+                "there is nothing recorded to improve this plan with; accelerate the model or the pipeline with "
+                "fxmask.accelerate(), which records"
+            )
+        return learner.improve(effort, **options)
 
     # Saving
 
@@ -277,7 +351,7 @@ class AcceleratedModel(torch.nn.Module):
             MaskError: the folder holds something else or cannot be written, or the captured call holds an argument that cannot
                 be saved.
         """
-        facts = {**self._facts(), "backend": self._fxmask.variants.backend, "mode": self._fxmask.variants.mode}
+        facts = {**self._facts(), "backend": self._fxmask.planned.backend, "mode": self._fxmask.planned.mode}
         save_mask(folder, self._source(), facts, self.program.example.arguments)
 
     def export(self, folder: str | Path, *, progress: bool = True) -> None:
@@ -302,7 +376,7 @@ class AcceleratedModel(torch.nn.Module):
             raise MaskError(f"the model branches on the values of its arguments ({place}), and a package cannot ask for these")
         check_destination(folder)
         known = self._packages()
-        closed = self._fxmask.variants.loaded and bool(known)
+        closed = self._fxmask.planned.loaded and bool(known)
         compiler = compile_packages(self.program, self.plan, known, closed=closed, progress=progress)
         facts = {**self._facts(), "backend": "package", "mode": None}
         write_package(folder, self.program, self._source(), facts, compiler.packages)
@@ -313,13 +387,13 @@ class AcceleratedModel(torch.nn.Module):
 
     def _packages(self) -> Mapping[str, Package]:
         """What is compiled ahead of time already."""
-        first = self._fxmask.variants.first
+        first = self._fxmask.planned.first
         return first.graphs.compiler.packages if first and isinstance(first.graphs.compiler, Packages) else {}
 
     def _facts(self) -> dict[str, Any]:
         """What the plan was made for."""
         facts = {**self._fxmask.facts, "model": type(self.original).__name__}
-        return {**facts, "roles": _given_roles(self.program), "start": self.plan.start}
+        return {**facts, "roles": given_roles(self.program), "start": self.plan.start}
 
     # Standing in for the original
 
@@ -364,23 +438,25 @@ class AcceleratedModel(torch.nn.Module):
         return self._fxmask.model.load_state_dict(state_dict, *args, **kwargs)
 
     def __repr__(self) -> str:
+        if self._fxmask.variants is None:
+            return f"AcceleratedModel({type(self.original).__name__}, no plan yet)"
         plan = self.plan
         return (
             f"AcceleratedModel({type(self.original).__name__}, {plan.mask.num_steps} steps, {plan.mac_ratio:.2f}x fewer MACs, "
-            f"{plan.distinct_graphs} step graphs, backend={self._fxmask.variants.backend!r})"
+            f"{plan.distinct_graphs} step graphs, backend={self._fxmask.planned.backend!r})"
         )
 
     def __reduce__(self) -> Any:
         program = self.program
-        arguments = (self.original, program.example.arguments, _given_roles(program), self.plan.source, self.plan.start)
-        return _restore, (*arguments, *self._fxmask.variants.elsewhere, self._fxmask.facts)
+        arguments = (self.original, program.example.arguments, given_roles(program), self.plan.source, self.plan.start)
+        return _restore, (*arguments, *self._fxmask.planned.elsewhere, self._fxmask.facts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, arguments = self.__reduce__()
         return function(*copy.deepcopy(arguments, memo))
 
 
-def _given_roles(program: Program) -> dict[str, str]:
+def given_roles(program: Program) -> dict[str, str]:
     """Roles that a later capture must be told."""
     found = {name: role for name, role in program.roles.items() if role in ("conditioning", "step")}
     return {**found, **program.given_roles}

@@ -29,6 +29,7 @@ from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.passes.rectify import rectify
+from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.history import History
@@ -54,6 +55,7 @@ class Variant:
         mode: str | None,
         plan: Plan | None = None,
         compiler: Compiler | None = None,
+        graphs: GraphStore | None = None,
     ) -> None:
         self.program = program
         self.mask = mask
@@ -62,7 +64,7 @@ class Variant:
         self.state = program.state
         self.device_type = program.example.sample.device.type
         self.timetable = Timetable(mask.timesteps)
-        self.graphs = GraphStore(program, backend, mode, compiler)
+        self.graphs = graphs or GraphStore(program, backend, mode, compiler)
         changing = {k for k, name in enumerate(program.inputs) if program.roles[name] != "conditioning"}
         self._assumptions = program.assumptions
         self._step_assumptions = program.assumptions and program.assumptions.of_inputs(changing)
@@ -113,18 +115,36 @@ class Variants:
         mode: of the backend.
         compiler: of the first variant, if it comes from a package, which has graphs for one form of call; others are
             compiled with Inductor then.
+        relatives: of the same model with plans for other settings, of the same backend: what they have captured and compiled
+            is used here, too. The list may grow later.
+        history: of the latest runs, if it is shared with them.
+        checks: of the plan, if steps are compared with their forecasts.
     """
 
-    def __init__(self, program: Program, plan: Plan, backend: str, mode: str | None, compiler: Compiler | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        backend: str,
+        mode: str | None,
+        compiler: Compiler | None = None,
+        *,
+        relatives: Sequence[Variants] = (),
+        history: History | None = None,
+        checks: Checks | None = None,
+    ) -> None:
         self.program = program
         self.plan = plan
         self.backend = backend
         self.mode = mode
         self.loaded = compiler is not None
         self.warn = Warner()
-        self.history = History()
+        self.history = history or History()
+        self.checks = checks
+        self._relatives = relatives
         self._model = program.model
-        self._known = [Variant(program, plan.source, backend, mode, plan, compiler)]
+        shared = next((v.graphs for other in relatives for v in other.known if v.program is program), None)
+        self._known = [Variant(program, plan.source, backend, mode, plan, compiler, shared)]
         # By form of call and modes: the state, and why it failed where the model itself did and nothing was said of it.
         self._refused: dict[Any, tuple[Snapshot, str | None]] = {}
         self._values: Counter[str] = Counter()
@@ -197,6 +217,9 @@ class Variants:
                 return variant
             changes = changes or found
         self._forget_replaced_weights(now)
+        found_elsewhere = self._of_relatives(bound, ambient)
+        if found_elsewhere is not None:
+            return found_elsewhere
         refused = self._refused.get((bound.key, ambient))
         if refused is not None and not refused[0].changes(now):
             return None
@@ -219,6 +242,16 @@ class Variants:
                 return None
         self._refuse(bound, ambient, now, None)
         self._warn_of(reason)
+        return None
+
+    def _of_relatives(self, bound: BoundCall, ambient: Ambient) -> Variant | None:
+        """What was captured for such a call with another setting's plan."""
+        for other in self._relatives:
+            for variant in other.known if other is not self else ():
+                if variant.fits(bound, ambient) and variant.unchanged():
+                    found = Variant(variant.program, self.plan.source, *self.elsewhere, graphs=variant.graphs)
+                    self._use(found)
+                    return found
         return None
 
     def _refuse(self, bound: BoundCall, ambient: Ambient, now: Snapshot, unsaid: str | None) -> None:

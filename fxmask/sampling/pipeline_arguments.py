@@ -73,9 +73,14 @@ EQUAL_COPIES = 4  # how many latest values of an argument are looked through for
 
 
 class CopyStore:
-    """Copies of arguments. A tensor equal to one of the latest under the same name is the same copy."""
+    """Copies of arguments. A tensor equal to one of the latest under the same name is the same copy.
+
+    Attributes:
+        bytes: of all copies.
+    """
 
     def __init__(self) -> None:
+        self.bytes = 0
         self._latest: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, owner: str, tree: Any) -> Any:
@@ -90,5 +95,6 @@ class CopyStore:
             if _same_leaf(kept, leaf):
                 return kept
         fresh = leaf.detach().clone()
+        self.bytes += fresh.numel() * fresh.element_size()
         self._latest[name] = [fresh, *latest][:EQUAL_COPIES]
         return fresh

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxmask._torch import pytree
 from fxmask.errors import InputError
 from fxmask.ir.outputs import first_tensor
 from fxmask.sampling.noise import NoiseTape
@@ -45,9 +46,17 @@ class PipelineListener:
         component: name of the denoiser; ``None``: the last component called before the first step. Where it is given, steps
             that wait for another denoiser are not its steps, and what is heard ends with the last of its own.
         model: runs in place of the denoiser.
+        max_bytes: how much is kept at most; where it is more, all of it is dropped and nothing more is heard.
+
+    Attributes:
+        kept_bytes: how much is kept, or was when that became too much.
     """
 
-    def __init__(self, tape: NoiseTape, component: str | None = None, model: Module | None = None) -> None:
+    def __init__(
+        self, tape: NoiseTape, component: str | None = None, model: Module | None = None, *, max_bytes: int | None = None
+    ) -> None:
+        self.max_bytes = max_bytes
+        self.kept_bytes = 0
         self.tape = tape
         self.component = component
         self.model = model
@@ -65,6 +74,7 @@ class PipelineListener:
         self.final: torch.Tensor | None = None
         self.end = 0  # random tensors drawn until the last step
         self._kept = CopyStore()
+        self._output_bytes = 0
         self._before: list[HeardCall] = []
         self._pending: list[HeardCall] = []
         self._own = False  # whether the step under way is the denoiser's
@@ -72,6 +82,8 @@ class PipelineListener:
 
     def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a component; keep what it was given and what it returned where that may be needed."""
+        if self.is_too_much:
+            return entry.original(*args, **kwargs)
         is_denoiser = entry.component == self.component and entry.method == "forward"
         keep = is_denoiser or not self.steps
         heard = HeardCall(entry, len(self.tape.tensors))
@@ -83,13 +95,35 @@ class PipelineListener:
         if keep:
             with contextlib.suppress(Exception):  # what cannot be copied is computed again
                 heard.output = copy.deepcopy(output)
+            self.kept_bytes = self._kept.bytes + self._count_bytes(heard.output)
+            if self.is_too_much:
+                self._drop()
+                return output
         self._pending.append(heard)
         if entry.method == "forward":
             self.seen.add(entry.component)
         return output
 
+    @property
+    def is_too_much(self) -> bool:
+        """Whether more was to be kept than may be."""
+        return self.max_bytes is not None and self.kept_bytes > self.max_bytes
+
+    def _count_bytes(self, output: Any) -> int:
+        """Bytes of what components have returned, this output included."""
+        own = [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)] if output is not None else []
+        self._output_bytes += sum(x.numel() * x.element_size() for x in own)
+        return self._output_bytes
+
+    def _drop(self) -> None:
+        self.prologue, self.steps, self._before, self._pending = [], [], [], []
+        self._kept = CopyStore()
+        self.tape.tensors.clear()
+
     def stepped(self, scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a scheduler's step; what was called since the last one belongs to it."""
+        if self.is_too_much:
+            return step(*args, **kwargs)
         names = [heard.entry.component for heard in self._pending if heard.entry.method == "forward"]
         first, opening = self.stepping is None, not self.steps
         if first:

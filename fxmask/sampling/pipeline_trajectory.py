@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fxmask._torch import pytree
-from fxmask.errors import InputError
+from fxmask.errors import FxmaskError, InputError
 from fxmask.ir.calls import Signature
 from fxmask.ir.outputs import first_tensor, flatten_output
 from fxmask.sampling.finite import refuse_not_finite
@@ -29,8 +29,9 @@ from fxmask.sampling.pipeline_listener import HeardCall, PipelineListener, check
 from fxmask.sampling.pipeline_replay import Answer, PipelineReplay, PlayedCall, RecordedRun
 from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, Loop
-from fxmask.sampling.twin import Module, hide_progress, is_pipeline, make_twin
+from fxmask.sampling.twin import Module, hide_progress, is_pipeline, is_scheduler, make_twin
 
+INTERRUPTED = "the call was interrupted"
 PROPORTIONAL = 1e-2  # a start noise that was passed in, and the first sample made of it, agree up to a factor
 
 
@@ -139,6 +140,52 @@ def record_pipeline(pipe: Any, *args: Any, component: str | None = None, **kwarg
     return _record(make_twin(pipe, None), PipelineArguments(args, kwargs), again, NoiseTape(), component)
 
 
+def call_and_record(
+    pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, component: str | None, max_bytes: int
+) -> tuple[Any, PipelineTrajectory | str]:
+    """Call a pipeline for what it makes, and keep the calls of its denoiser by the way.
+
+    Args:
+        pipe: as for ``record_pipeline``; a copy of it runs, with the same parts.
+        args: of its call.
+        kwargs: of its call.
+        component: name of the denoiser, if it is known.
+        max_bytes: what the recording may hold.
+
+    Returns:
+        What the pipeline returns, and the trajectory, or why there is none.
+
+    Raises:
+        FxmaskError: the call was refused in the middle.
+    """
+    again = PipelineArguments(fresh_copies(tuple(args)), fresh_copies(dict(kwargs)))
+    recorder = PipelineListener(NoiseTape(), component, max_bytes=max_bytes)
+    twin = make_twin(pipe, recorder)
+    with recorder.tape:
+        result = twin(*args, **kwargs)
+    _hand_back(pipe, twin)
+    if getattr(twin, "_interrupt", False) is True:
+        return result, INTERRUPTED
+    if recorder.is_too_much:
+        return result, (
+            f"a recording of it takes more than {max_bytes / 2**20:.0f} MiB; pass a larger max_learning_bytes to accelerate()"
+        )
+    try:
+        return result, _recorded(recorder, make_twin(pipe, None), again, None)
+    except FxmaskError as error:
+        return result, str(error)
+
+
+def _hand_back(pipe: Any, twin: Any) -> None:
+    """Put what a call left in the copy of a pipeline into the pipeline: how many steps it had, what guidance."""
+    for name, value in vars(twin).items():
+        before = vars(pipe).get(name)
+        if value is before or isinstance(before, Module) or is_scheduler(before) or is_pipeline(before):
+            continue
+        if not isinstance(value, Module) and not is_scheduler(value):
+            pipe.__dict__[name] = value
+
+
 @torch.no_grad()
 def _record(
     pipe: Any,
@@ -155,6 +202,13 @@ def _record(
         hide_progress(twin)
     with tape:
         twin(*now.args, **now.kwargs)
+    return _recorded(recorder, pipe, again, model)
+
+
+@torch.no_grad()
+def _recorded(recorder: PipelineListener, pipe: Any, again: PipelineArguments, model: Module | None) -> PipelineTrajectory:
+    """What was heard of a run, as a trajectory; replays call ``pipe`` with the arguments ``again``."""
+    tape = recorder.tape
     check_one_denoiser(recorder)
     assert recorder.component is not None
     assert recorder.initial is not None

@@ -47,7 +47,7 @@ def make_twin(pipe: Any, watcher: _Watcher | None, memo: dict[int, Any] | None =
         if id(value) not in memo:
             if isinstance(value, Module):
                 memo[id(value)] = unwrapped(value) if watcher is None else _watched_module(value, prefix + name, watcher)
-            elif _is_scheduler(value):
+            elif is_scheduler(value):
                 memo[id(value)] = copy.deepcopy(value) if watcher is None else _watched_scheduler(value, watcher)
             elif is_pipeline(value):
                 make_twin(value, watcher, memo, f"{prefix}{name}.")
@@ -57,13 +57,14 @@ def make_twin(pipe: Any, watcher: _Watcher | None, memo: dict[int, Any] | None =
     return twin
 
 
-def _is_scheduler(value: Any) -> bool:
+def is_scheduler(value: Any) -> bool:
+    """Whether it steps, and has timesteps or is given them."""
     return callable(getattr(value, "step", None)) and (hasattr(value, "set_timesteps") or hasattr(value, "timesteps"))
 
 
 def is_pipeline(value: Any) -> bool:
     """Whether an attribute of a pipeline is another one, which holds its own components."""
-    return callable(value) and hasattr(value, "__dict__") and any(map(_is_scheduler, vars(value).values()))
+    return callable(value) and hasattr(value, "__dict__") and any(map(is_scheduler, vars(value).values()))
 
 
 def _watched_module(module: Module, name: str, watcher: _Watcher) -> Module:

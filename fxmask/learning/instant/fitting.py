@@ -144,11 +144,11 @@ def _costs_between(moments: Moments, rule: Rule) -> np.ndarray:
                     read = [*known[: rule.sources], *(steps + x for x in [int(step), *known][: rule.samples])]
                     moved[row, read] += weights[step] * solve(plain, read, int(step), rule.ridge)
             else:
-                read = known[: rule.sources]
-                inner, prior = plain[np.ix_(read, read)], np.eye(len(read))[0]
-                shrunk = inner + (rule.ridge * np.trace(inner) / len(read) + 1e-30) * np.eye(len(read))
-                found = prior[:, None] + np.linalg.solve(shrunk, plain[np.ix_(read, rest)] - (inner @ prior)[:, None])
-                moved[:, read] += weights[rest][:, None] * found.T
+                at = np.asarray(known[: rule.sources])
+                inner, prior = plain[np.ix_(at, at)], np.eye(len(at))[0]
+                shrunk = inner + (rule.ridge * np.trace(inner) / len(at) + 1e-30) * np.eye(len(at))
+                found = prior[:, None] + np.linalg.solve(shrunk, plain[np.ix_(at, rest)] - (inner @ prior)[:, None])
+                moved[:, at] += weights[rest][:, None] * found.T
             total = np.cumsum(moved, axis=0)
             costs[p, j, j + 2 :] = np.einsum("nv,vw,nw->n", total, effective, total, optimize=True)
     return costs

@@ -10,7 +10,7 @@ lie above the true errors; strong guidance answers the other way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,23 @@ from fxmask.ir.forecast import INPUT, Forecast, Source
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.costs import StepCosts
+from fxmask.learning.effort import Limits
 from fxmask.learning.instant.fitting import BENDS, Placement, Rule, deviation_of, fitted, spaced
 from fxmask.learning.instant.moments import FORGETTING, Moments, together
 from fxmask.learning.instant.response import replayed, sampled_part
 from fxmask.learning.outcome import TOLERANCE, Outcome
 from fxmask.learning.schedule import Origin, Schedule, Terms
+from fxmask.passes.rectify import rectify
 from fxmask.sampling.sampler import Sampler
 
 REPLAYED = 6  # plans that are replayed, of all that the moments screen
-HANDICAP = 2.5  # dB: a placement by a single image must be better by this much than a regular one, to be likely so on others
+# dB: a placement by a single image must be better by so much than a regular one to be likely so on others, with a
+# deterministic sampler and with one whose noise is another one for each image.
+HANDICAP, STOCHASTIC_HANDICAP = 0.5, 2.5
+# dB, likewise, of rules other than three predictions: four fit one image better and are less alike on others.
+DOUBTS = {2: 1.0, 4: 1.5}
+SAMPLES = 1.0  # dB, of noisy samples as sources with a deterministic sampler
+RIDGES = (1e-5, 1e-3)
 LONG = 200  # steps, from which on full steps are only spaced: placing them takes T^3
 SMALLEST = 1e-15  # relative mean square error
 
@@ -90,6 +98,8 @@ class InstantLearner:
             raise InputError("a plan needs at least one recorded run")
         if any(run.timesteps != runs[0].timesteps for run in runs):
             raise InputError("recorded runs have different timesteps; a plan is for one sequence of them")
+        for run in runs:
+            _refuse_changing(run)
         self.runs = list(runs)
         self._moments = [Moments.of(run) for run in runs]
         self._placements: dict[Rule, Placement] = {}
@@ -104,20 +114,25 @@ class InstantLearner:
         """Of all runs."""
         return together(self._moments, FORGETTING)
 
-    def rules(self) -> list[Rule]:
-        """What forecasts may read here."""
+    def rules(self, simplest: bool = False) -> list[Rule]:
+        """What forecasts may read here; also the latest prediction alone, if the ``simplest`` step graphs are wanted."""
         samples = (0, 2) if self._moments[0].has_samples else (0,)
-        return [Rule(sources, s) for sources in (2, 3, 4) for s in samples]
+        found = [Rule(sources, s, ridge) for sources in (2, 3, 4) for s in samples for ridge in RIDGES]
+        return [*found, Rule(1)] if simplest else found
 
-    def plans(self, count: int) -> list[InstantPlan]:
+    def plans(self, count: int, keeps: Callable[[InstantPlan], bool] | None = None) -> list[InstantPlan]:
         """Plans of ``count`` full steps, the one that is likely to be best first.
 
         With several runs every plan's error is estimated on each run with coefficients of the others.
+
+        Args:
+            count: how many steps compute everything, 1 to T.
+            keeps: which plans may be taken.
         """
         if count >= self.steps:
             return [InstantPlan(tuple(range(self.steps)), Rule(), {}, False, 10 * math.log10(SMALLEST), 0.0)]
         moments, screened = self.moments, []
-        for rule in self.rules():
+        for rule in self.rules(simplest=keeps is not None):
             tried = [(spaced(self.steps, count, bend), False) for bend in BENDS]
             if self.steps <= LONG:
                 tried.append((self._placement(rule, moments).best(count), True))
@@ -125,13 +140,21 @@ class InstantLearner:
                 terms = fitted(moments, rule, computed)
                 error = moments.error(deviation_of(moments, terms))
                 screened.append((error, InstantPlan(tuple(computed), rule, terms, placed)))
+        screened = [(error, plan) for error, plan in screened if keeps is None or keeps(plan)]
         screened.sort(key=lambda pair: pair[0])
         chosen: list[InstantPlan] = []
         for regular in (False, True):  # the best few of both kinds
             chosen += [plan for _, plan in screened if plan.placed is regular][:REPLAYED]
         judged = [self._judged(plan) for plan in _distinct(chosen)]
-        handicap = HANDICAP / math.sqrt(sum(run.batch_size for run in self.runs))
-        return sorted(judged, key=lambda plan: plan.decibels + handicap * plan.placed)
+        stochastic = self.runs[0].stochastic
+        handicap = STOCHASTIC_HANDICAP if stochastic else HANDICAP
+        doubt = 1 / math.sqrt(sum(run.batch_size for run in self.runs))
+
+        def likely(plan: InstantPlan) -> float:
+            other = DOUBTS.get(plan.rule.sources, 0.0) + (0.0 if stochastic or not plan.rule.samples else SAMPLES)
+            return plan.decibels + doubt * (handicap * plan.placed + other)
+
+        return sorted(judged, key=likely)
 
     def _placement(self, rule: Rule, moments: Moments) -> Placement:
         if rule not in self._placements:
@@ -157,27 +180,34 @@ class InstantLearner:
             float(found.mean().sqrt()),
         )
 
-    def best(self, outcome: Outcome, share: float) -> InstantPlan:
+    def best(self, outcome: Outcome, share: float, keeps: Callable[[InstantPlan], bool] | None = None) -> InstantPlan:
         """The plan for an outcome.
 
         Args:
             outcome: what was asked for.
             share: what a formed step costs, as a share of a full one.
+            keeps: which plans may be taken.
 
         Raises:
             OutcomeError: the budget cannot be met by forming whole steps; says what is the least.
         """
         if outcome.max_error is not None:
-            return self._within(outcome.max_error)
-        return self.plans(count_of_full_steps(self.steps, outcome.budget, share))[0]
+            return self._within(outcome.max_error, keeps)
+        plans = self.plans(count_of_full_steps(self.steps, outcome.budget, share), keeps)
+        if not plans:
+            raise OutcomeError(
+                f"macs={outcome.budget:.4g} (speedup={1 / outcome.budget:.4g}) cannot be met within {TOLERANCE:.0%} by forecasts "
+                "of the whole output within these limits; allow more graphs or cache, or take effort='quick'"
+            )
+        return plans[0]
 
-    def _within(self, max_error: float) -> InstantPlan:
+    def _within(self, max_error: float, keeps: Callable[[InstantPlan], bool] | None) -> InstantPlan:
         """The plan with fewest full steps whose estimated error is at most so much, by bisection."""
         low, high = 1, self.steps
         best = self.plans(self.steps)[0]
         while low < high:
             middle = (low + high) // 2
-            plan = next((p for p in self.plans(middle) if p.error <= max_error), None)
+            plan = next((p for p in self.plans(middle, keeps) if p.error <= max_error), None)
             if plan is None:
                 low = middle + 1
             else:
@@ -216,9 +246,27 @@ def output_of(program: Program) -> str:
     return name
 
 
-def formed_share(program: Program) -> float:
-    """What a step costs that forms the whole output, as a share of a full step."""
-    return StepCosts(program).cost(frozenset([output_of(program)]))
+def formed_share(program: Program, prices: Mapping[str, float] | None = None) -> float:
+    """What a step costs that forms the whole output, as a share of a full step.
+
+    Args:
+        program: the captured denoiser.
+        prices: what each node costs a step, if not its multiply-accumulates.
+    """
+    return StepCosts(program, prices).cost(frozenset([output_of(program)]))
+
+
+def keeper(program: Program, run: Sampler, limits: Limits) -> Callable[[InstantPlan], bool] | None:
+    """Which plans keep to bounds of graphs and cached bytes; ``None`` if all do."""
+    if limits == Limits():
+        return None
+
+    def keeps(plan: InstantPlan) -> bool:
+        made = rectify(program, plan.mask(program, run, None))
+        graphs, cached = limits.max_graphs, limits.max_cache_bytes
+        return (graphs is None or made.distinct_graphs <= graphs) and (cached is None or made.peak_cache_bytes <= cached)
+
+    return keeps
 
 
 @torch.no_grad()
@@ -240,6 +288,22 @@ def replayed_errors(run: Sampler, terms: Mapping[int, tuple[list[int], list[floa
     final = replayed(run, outputs)
     squares = (final.double() - run.final.double()).square().flatten(1).mean(dim=1).cpu()
     return squares / run.final.double().square().mean().cpu().clamp_min(1e-30)
+
+
+def _refuse_changing(run: Sampler) -> None:
+    """Refuse a run whose predictions change their form midway.
+
+    Raises:
+        InputError: says at which step.
+    """
+    first = [tuple(x.shape) for x in run.outputs[0]]
+    for step, outputs in enumerate(run.outputs):
+        shapes = [tuple(x.shape) for x in outputs]
+        if shapes != first:
+            raise InputError(
+                f"the predictions at step {step} have shapes {shapes}, before that {first}: guidance starts or stops midway, "
+                "and forecasts of the whole output cannot go over that. Let it last to the last step"
+            )
 
 
 def _distinct(plans: Sequence[InstantPlan]) -> list[InstantPlan]:

@@ -1,0 +1,157 @@
+"""Free checks: at a step that computes the prediction, what a forecast of it would have been.
+
+The forecast is formed of the predictions of earlier full steps, which the caller was handed, and compared with the prediction:
+one norm per row, on the device, which nobody waits for. Relative to what the same comparison gave on the runs that the plan
+was fitted on, it says how much worse than these a run is, image by image; the plan's estimated error grows with it.
+
+    error of a run ~ estimated error * sqrt(sum over checked steps k of share[k] * (measure[k] / expected[k])^2)
+
+``share[k]`` is the part of the estimated square error that comes from the steps formed right before step k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxmask._torch import version_of
+
+MOST_RATIO = 1e3  # of a measure to what was expected of it
+
+
+@dataclass(frozen=True)
+class Check:
+    """The comparison at one step.
+
+    Attributes:
+        sources: steps whose predictions the forecast reads, the latest first.
+        coefficients: of these.
+        expected: root mean square of the difference on the recorded runs.
+        share: part of the estimated square error that it stands for.
+    """
+
+    sources: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    expected: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The comparisons of a plan.
+
+    Attributes:
+        by_step: at which steps.
+        error: estimated relative L2 error of the final samples, where all measures are as expected.
+        lanes: how the rows of a call are combined for one image: guidance at 4 has -3 and 4, up to a factor.
+        max_error: a run whose estimated error passes it computes everything from then on.
+    """
+
+    by_step: Mapping[int, Check]
+    error: float
+    lanes: tuple[float, ...] = (1.0,)
+    max_error: float | None = None
+
+    @property
+    def last_use(self) -> dict[int, int]:
+        """By step, the last one that reads its prediction."""
+        return {j: k for k, check in sorted(self.by_step.items()) for j in check.sources}
+
+
+@dataclass
+class RunChecks:
+    """The comparisons of one lane of a run.
+
+    Attributes:
+        checks: of the plan.
+        measures: by step, root mean square of the difference for every image, on the device.
+    """
+
+    checks: Checks
+    measures: dict[int, torch.Tensor] = field(default_factory=dict)
+    _kept: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    _pending: list[tuple[torch.Tensor, Any]] = field(default_factory=list)
+    _spent: torch.Tensor | None = None
+
+    def computed(self, step: int, prediction: torch.Tensor) -> None:
+        """Compare a step's prediction ``[rows, ...]`` with its forecast, and keep it for later ones."""
+        check, last_use = self.checks.by_step.get(step), self.checks.last_use
+        if check is not None and all(self._unchanged(j) for j in check.sources):
+            difference = prediction
+            for j, c in zip(check.sources, check.coefficients, strict=True):
+                difference = torch.sub(difference, self._kept[j][0], alpha=c)
+            self.measures[step] = self._measure(difference)
+            if self.checks.max_error is not None:
+                self._send(check, self.measures[step])
+        if step in last_use:
+            self._kept[step] = prediction, version_of(prediction)
+        for j in [j for j in self._kept if last_use.get(j, -1) <= step]:
+            del self._kept[j]
+
+    def _unchanged(self, step: int) -> bool:
+        """Whether the caller still has a prediction as it was handed out."""
+        kept = self._kept.get(step)
+        return kept is not None and version_of(kept[0]) == kept[1]
+
+    def _measure(self, difference: torch.Tensor) -> torch.Tensor:
+        """Root mean square for every image ``[N]``: the rows of an image are combined as guidance combines them."""
+        lanes = self.checks.lanes
+        if len(lanes) > 1 and difference.shape[0] % len(lanes) == 0:
+            parts = difference.reshape(len(lanes), -1, *difference.shape[1:])
+            total = parts[0] * lanes[0]
+            for part, c in zip(parts[1:], lanes[1:], strict=True):
+                total = torch.add(total, part, alpha=c)
+            difference = total
+        flat = difference.flatten(1) if difference.dim() > 1 else difference.reshape(-1, 1)
+        found: torch.Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32) / math.sqrt(flat.shape[1])
+        return found
+
+    # The guard
+
+    def _send(self, check: Check, measure: torch.Tensor) -> None:
+        """Add to what the run has spent of its error, and have the sum copied to the host in the background."""
+        ratio = (measure / max(check.expected, 1e-30)).square() * check.share
+        self._spent = ratio if self._spent is None else self._spent + ratio
+        worst = self._spent.max().reshape(1)
+        if not worst.is_cuda:
+            self._pending.append((worst, None))
+            return
+        copy = torch.empty(1, dtype=worst.dtype, pin_memory=True)
+        copy.copy_(worst, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(worst.device))
+        self._pending.append((copy, event))
+
+    def is_over(self) -> bool:
+        """Whether the error of some image is estimated to pass the bound, by what has arrived on the host; never waits."""
+        arrived = [copy for copy, event in self._pending if event is None or event.query()]
+        if not arrived or self.checks.max_error is None:
+            return False
+        self._pending = self._pending[len(arrived) :]
+        return self.checks.error * math.sqrt(float(arrived[-1].tolist()[0])) > self.checks.max_error
+
+    # The estimate
+
+    def error(self) -> tuple[float, ...] | None:
+        """Estimated relative L2 error of every image; ``None`` where nothing was compared. Waits for the device."""
+        return estimated_error(self.checks, {k: x.tolist() for k, x in self.measures.items()})
+
+
+def estimated_error(checks: Checks, measures: Mapping[int, list[float]]) -> tuple[float, ...] | None:
+    """Estimated relative L2 error of every image, from the measures of a run."""
+    if not measures:
+        return None
+    shares = {k: checks.by_step[k].share for k in measures}
+    total = sum(shares.values())
+    if total <= 0:
+        return None
+    images = min(len(x) for x in measures.values())
+    result = []
+    for n in range(images):
+        ratios = [(shares[k], min(MOST_RATIO, x[n] / max(checks.by_step[k].expected, 1e-30))) for k, x in measures.items()]
+        result.append(checks.error * math.sqrt(sum(share * ratio**2 for share, ratio in ratios) / total))
+    return tuple(result)

@@ -1,0 +1,90 @@
+"""Better masks by further calls of the denoiser, kept only where recorded noise that nobody learned from says so."""
+
+from __future__ import annotations
+
+import torch
+
+from fxmask.errors import InputError
+from fxmask.ir.mask import Mask
+from fxmask.ir.program import Program
+from fxmask.learning.effort import EFFORTS, Limits
+from fxmask.learning.outcome import Outcome
+from fxmask.learning.precision import exact, widened
+from fxmask.learning.room import Room
+from fxmask.learning.search import Search
+from fxmask.passes.rectify import rectify
+from fxmask.runtime.model import AcceleratedModel
+from fxmask.sampling.sampler import Sampler
+
+JUDGES = 4  # runs with fresh noise that masks are compared on
+BETTER = 0.1  # dB by which a mask must be better, and by more than its standard error
+SMALLEST = 1e-15
+
+
+def better_mask(
+    program: Program,
+    runs: list[Sampler],
+    mask: Mask,
+    outcome: Outcome,
+    *,
+    effort: str = "quick",
+    seed: int = 0,
+    progress: bool = True,
+    backend: str = "auto",
+    max_learning_bytes: int | None = None,
+    learn_dtype: torch.dtype = torch.float32,
+) -> tuple[Mask | None, int]:
+    """Learn a mask and compare it with the present one.
+
+    Args:
+        program: the captured denoiser.
+        runs: recorded.
+        mask: in use.
+        outcome: that both are to meet.
+        effort: ``"quick"`` or ``"default"``.
+        seed: of everything random.
+        progress: show a progress bar.
+        backend: what latencies are measured with.
+        max_learning_bytes: see ``fxmask.learn``.
+        learn_dtype: see ``fxmask.learn``.
+
+    Returns:
+        The mask, ``None`` if it is not better, and how many calls of the denoiser that took.
+    """
+    if effort not in EFFORTS:
+        raise InputError(f"effort={effort!r} is unknown; choose one of {['instant', *EFFORTS]}")
+    room = Room.of(max_learning_bytes, runs[0].final.device)
+    with exact():
+        learned, trajectories, deployed = widened(program, runs, learn_dtype, room)
+        search = Search(
+            learned,
+            trajectories,
+            effort=EFFORTS[effort],
+            limits=Limits(),
+            seed=seed,
+            progress=progress,
+            backend=backend,
+            room=room,
+            deployed=deployed,
+        )
+        point = search.best(outcome.budget) if outcome.max_error is None else search.meet_error(outcome.max_error)
+    steps, images = runs[0].num_steps, sum(run.batch_size for run in runs)
+    calls = round(point.units * steps * images)
+    judges = [runs[k % len(runs)].renoised(program.model, 104_729 * (seed + 1) + k) for k in range(JUDGES)]
+    calls += 3 * steps * sum(run.batch_size for run in judges)
+    ours, theirs = (decibels_on(program, candidate, judges) for candidate in (point.mask, mask))
+    gain = theirs - ours  # errors: smaller is better
+    doubt = float(gain.std(correction=1) / len(gain) ** 0.5) if len(gain) > 1 else 0.0
+    better = float(gain.mean()) > max(BETTER, doubt)
+    return (point.mask if better else None), calls
+
+
+def decibels_on(program: Program, mask: Mask, runs: list[Sampler]) -> torch.Tensor:
+    """Relative square errors in dB, float64 ``[N]``, of the final samples of all runs with a mask."""
+    model = AcceleratedModel(program, rectify(program, mask), "eager")
+    found = []
+    for run in runs:
+        final = run.rollout(model)
+        squares = (final.double() - run.final.double()).square().flatten(1).mean(dim=1).cpu()
+        found.append(squares / run.final.double().square().mean().cpu().clamp_min(1e-30))
+    return 10 * torch.cat(found).clamp_min(SMALLEST).log10()

@@ -1,0 +1,146 @@
+"""What a setting is: everything in a pipeline's call that a plan depends on, and nothing of what makes this image.
+
+steps, size, guidance, ... (plain arguments)   +   scheduler (class, configuration)   +   adapters on the denoiser
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxmask.sampling.same_sampler import scheduler_facts
+
+# Of an image, rather than of how it is sampled.
+OF_THE_IMAGE = frozenset(
+    "num_images_per_prompt num_videos_per_prompt num_waveforms_per_prompt batch_size output_type return_dict callback_steps "
+    "clean_caption class_labels seed".split()
+)
+SCHEDULES = ("timesteps", "sigmas")  # lists of numbers that say how it is sampled
+SIZED = ("image", "latents", "mask_image", "control_image", "video")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting, as plain data that JSON can hold.
+
+    Attributes:
+        arguments: plain arguments of the call by name, in order; sizes of images and latents among them.
+        scheduler: class and configuration, as JSON.
+        adapters: names and scales of what is added to the denoiser, as JSON.
+    """
+
+    arguments: tuple[tuple[str, Any], ...]
+    scheduler: str
+    adapters: str
+
+    def __str__(self) -> str:
+        shown = [f"{name}={value}" for name, value in self.arguments if name in MAIN and value is not None]
+        return ", ".join([*shown, json.loads(self.scheduler)["class"]])
+
+    def differences(self, other: Setting) -> list[str]:
+        """In what another setting differs, in words."""
+        ours, theirs = dict(self.arguments), dict(other.arguments)
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        found = [f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in names]
+        found += ["scheduler"] if self.scheduler != other.scheduler else []
+        return found + (["adapters"] if self.adapters != other.adapters else [])
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"arguments": [list(pair) for pair in self.arguments], "scheduler": self.scheduler, "adapters": self.adapters}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Setting:
+        """From what ``to_data`` made."""
+        return cls(tuple((str(n), _frozen(v)) for n, v in data["arguments"]), str(data["scheduler"]), str(data["adapters"]))
+
+
+MAIN = ("num_inference_steps", "height", "width", "guidance_scale", "eta", "strength", "num_frames")
+
+
+def setting_of(pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any], model: torch.nn.Module) -> Setting:
+    """The setting of one call of a pipeline.
+
+    Args:
+        pipe: the pipeline.
+        call: its ``__call__``, with or without ``self``.
+        args: of the call.
+        kwargs: of the call.
+        model: its denoiser.
+    """
+    named = _by_name(call, args, kwargs)
+    arguments = tuple(sorted(_plain_arguments(named).items()))
+    facts = json.dumps(scheduler_facts(getattr(pipe, "scheduler", None)), sort_keys=True, default=repr)
+    return Setting(arguments, facts, json.dumps(adapters_of(model), sort_keys=True, default=repr))
+
+
+def _by_name(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call, defaults among them."""
+    try:
+        bound = inspect.signature(call).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # the call itself will say what is wrong
+        return dict(kwargs)
+    bound.apply_defaults()
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        named.update(value if inspect.signature(call).parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return named
+
+
+def _plain_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        if name in OF_THE_IMAGE or name.startswith("callback"):
+            continue
+        if value is None or isinstance(value, (bool, int, float)):
+            found[name] = value
+        elif name in SCHEDULES and hasattr(value, "__iter__"):
+            found[name] = tuple(float(x) for x in value)
+        elif name.endswith(SIZED):
+            size = _size_of(value)
+            if size is not None:
+                found[f"size of {name}"] = size
+    return found
+
+
+def _size_of(value: Any) -> tuple[int, ...] | None:
+    """Height and width of an image, or of latents; of several, the first one's."""
+    if isinstance(value, (list, tuple)) and value:
+        return _size_of(value[0])
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape[2:]) if value.dim() > 2 else tuple(value.shape[1:])
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):  # arrays: height, width, channels
+        return tuple(int(n) for n in shape)
+    size = getattr(value, "size", None)
+    return tuple(size) if isinstance(size, tuple) else None
+
+
+def adapters_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Adapters on a denoiser: which are active, at what scales; of image prompts, their scales."""
+    active: set[str] = set()
+    scales: dict[str, float] = {}
+    merged: set[str] = set()
+    layer: Any
+    for layer in model.modules():
+        scaling = getattr(layer, "scaling", None)
+        if isinstance(scaling, dict) and hasattr(layer, "active_adapters"):
+            names = list(layer.active_adapters)
+            active.update(map(str, names))
+            merged.update(map(str, getattr(layer, "merged_adapters", ())))
+            scales.update({str(n): float(scaling[n]) for n in names if n in scaling})
+    prompts = []
+    for processor in getattr(model, "attn_processors", {}).values() if hasattr(model, "attn_processors") else ():
+        scale = getattr(processor, "scale", None)
+        if isinstance(scale, (list, tuple)):
+            prompts.append([float(x) if isinstance(x, (int, float)) else repr(x) for x in scale])
+    return {"active": sorted(active), "merged": sorted(merged), "scales": scales, "image prompts": prompts}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,119 @@
+"""A pipeline whose denoiser is accelerated in place: the same object, called as ever.
+
+Its class becomes a class of the same name whose ``__call__`` asks the session; everything else is inherited. Nothing of the
+pipeline's is changed but that and the denoiser, and ``restore`` puts both back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from fxmask.errors import InputError
+from fxmask.frontend.modules import unwrapped
+from fxmask.runtime.model import AcceleratedModel
+from fxmask.sampling.twin import is_pipeline
+from fxmask.settings.session import Session
+
+SESSION = "_fxmask_session"
+# Of a pipeline's modules, those that diffusers' pipelines call at every step; the first that is there.
+DENOISERS = ("transformer", "unet", "prior", "decoder", "dit", "model")
+_CLASSES: dict[type, type] = {}
+
+
+def is_a_pipeline(value: Any) -> bool:
+    """Whether it is called and holds a scheduler: a pipeline, rather than a model."""
+    return not isinstance(value, torch.nn.Module) and is_pipeline(value)
+
+
+def denoiser_of(pipe: Any, component: str | None = None) -> str:
+    """Name of the pipeline's denoiser.
+
+    Raises:
+        InputError: nothing in it is one, or several could be.
+    """
+    modules = [name for name, value in vars(pipe).items() if isinstance(value, torch.nn.Module)]
+    if component is not None:
+        if component not in modules:
+            raise InputError(f"component={component!r} is no module of {type(pipe).__name__}; it has {modules}")
+        return component
+    found = next((name for name in DENOISERS if name in modules), modules[0] if len(modules) == 1 else None)
+    if found is None:
+        raise InputError(
+            f"which of the modules of {type(pipe).__name__} is called at every step is not known; pass component=, one of "
+            f"{modules}"
+        )
+    return found
+
+
+def install(pipe: Any, component: str, session: Session) -> None:
+    """Put the accelerated denoiser and the session into a pipeline."""
+    if SESSION in vars(pipe):
+        restore(pipe)
+    pipe.__dict__[SESSION] = session
+    _set(pipe, component, session.model)
+    pipe.__class__ = _class_of(type(pipe))
+
+
+def restore(pipe: Any) -> Any:
+    """Put the original denoiser and class back. Of a pipeline that is not accelerated: nothing.
+
+    Returns:
+        The pipeline.
+    """
+    session = vars(pipe).pop(SESSION, None)
+    cls = type(pipe)
+    if cls in _CLASSES.values():
+        pipe.__class__ = cls.__mro__[1]
+    if isinstance(session, Session) and session.component is not None:
+        _set(pipe, session.component, session.model.original)
+    return pipe
+
+
+def session_of(pipe: Any) -> Session:
+    """The session of an accelerated pipeline.
+
+    Raises:
+        InputError: it is not accelerated.
+    """
+    session = vars(pipe).get(SESSION)
+    if not isinstance(session, Session):
+        raise InputError(f"this {type(pipe).__name__} is not accelerated; call fxmask.accelerate(pipe) first")
+    return session
+
+
+def original_of(pipe: Any, component: str) -> torch.nn.Module:
+    """A pipeline's denoiser, without what accelerates it."""
+    model: torch.nn.Module = unwrapped(getattr(pipe, component))
+    return model
+
+
+def _set(pipe: Any, component: str, model: torch.nn.Module) -> None:
+    """Pipelines keep a module in their attribute only; some forbid to register it again."""
+    pipe.__dict__[component] = model
+
+
+def _class_of(cls: type) -> type:
+    """A class of the same name whose instances ask the session when they are called."""
+    if cls not in _CLASSES:
+        own: Any = cls.__call__
+
+        @functools.wraps(own)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            session = vars(self).get(SESSION)
+            bound = functools.partial(own, self)
+            if session is None:
+                return bound(*args, **kwargs)
+            functools.update_wrapper(bound, own.__get__(self))
+            return session.call(self, bound, args, kwargs)
+
+        names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _CLASSES[cls] = type(cls.__name__, (cls,), names)
+    return _CLASSES[cls]
+
+
+def accelerated_of(pipe: Any) -> AcceleratedModel:
+    """The accelerated denoiser of a pipeline."""
+    return session_of(pipe).model

@@ -1,0 +1,466 @@
+"""One pipeline in use: which settings were seen, what was recorded of them, which plan each has.
+
+    call --> setting --> new:     runs in full, recorded in passing
+                     --> known:   a plan, made at the second call, runs
+                     --> refused: runs as it always did; why was said once
+
+A plan is made from recorded runs alone. Better ones take further calls of the denoiser, and are made only when they are asked
+for, see ``improve``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import statistics
+import threading
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxmask.backends import get_backend
+from fxmask.errors import FxmaskError, InputError
+from fxmask.frontend.capture import capture
+from fxmask.frontend.modules import module_device
+from fxmask.ir.mask import Mask
+from fxmask.ir.program import Program
+from fxmask.learning.effort import Limits
+from fxmask.learning.instant.checks import fitted_checks, lanes_of
+from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
+from fxmask.learning.instant.response import response_of
+from fxmask.learning.outcome import Outcome
+from fxmask.learning.room import free_bytes
+from fxmask.passes.rectify import rectify
+from fxmask.runtime.account import Account
+from fxmask.runtime.checks import Check, Checks
+from fxmask.runtime.history import History
+from fxmask.runtime.model import AcceleratedModel, given_roles
+from fxmask.runtime.variants import Variants
+from fxmask.sampling.pipeline_trajectory import INTERRUPTED, PipelineTrajectory
+from fxmask.sampling.same_sampler import sampler_facts
+from fxmask.sampling.sampler import Sampler
+from fxmask.settings.better import better_mask
+from fxmask.settings.key import Setting, setting_of
+from fxmask.settings.passing import record_in_passing
+
+logger = logging.getLogger(__name__)
+MOST_SETTINGS = 16  # that are kept, those used last
+KEPT_RUNS = 8  # recorded runs that are kept of each setting, the latest
+SHARE = 8  # of free memory, one part in so many may hold recorded runs, if nothing else was asked for
+TIMES = 32  # calls whose seconds are remembered
+DRIFT = 3.0  # times the estimated error, in so many runs in a row, before a warning
+DRIFTING = 3
+LEAST = 1e-3  # errors below are not seen, whatever was estimated
+
+INSIDE: contextvars.ContextVar[bool] = contextvars.ContextVar("fxmask_inside", default=False)
+
+
+@dataclass
+class Known:
+    """What is known of a setting.
+
+    Attributes:
+        runs: recorded.
+        outcome: that its plans are to meet.
+        plan: of the recorded runs alone, if its plan is that one.
+        mask: that is in use.
+        checks: of its full steps.
+        variants: programs and plan; ``None`` until the second call.
+        facts: about the sampler.
+        refused: why it runs as it always did.
+        full: seconds of calls in full.
+        fast: seconds of accelerated calls, those that compiled left out.
+        calls: of the pipeline.
+        drifted: runs in a row whose estimated error was far beyond the plan's.
+        effort: that the mask was made with.
+    """
+
+    runs: deque[Sampler] = field(default_factory=lambda: deque(maxlen=KEPT_RUNS))
+    plan: InstantPlan | None = None
+    mask: Mask | None = None
+    checks: Checks | None = None
+    variants: Variants | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    refused: str | None = None
+    full: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+    fast: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+    calls: int = 0
+    drifted: int = 0
+    effort: str = "instant"
+
+
+class Session:
+    """A pipeline in use with an accelerated denoiser.
+
+    Args:
+        model: the accelerated denoiser, at first without a plan.
+        component: its name among the pipeline's attributes.
+        outcome: what plans are to meet.
+        limits: bounds on them.
+        backend: of step graphs.
+        mode: of the backend.
+        max_learning_bytes: what recorded runs may hold; an eighth of what is free, if not given.
+        improve: ``"background"``: plans are made better in a thread of their own.
+        every: one call in so many runs in full and is recorded, once there is a plan; 0: none.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: AcceleratedModel,
+        component: str | None,
+        outcome: Outcome,
+        *,
+        limits: Limits,
+        backend: str,
+        mode: str | None,
+        max_learning_bytes: int | None = None,
+        improve: str | None = None,
+        every: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.component = component
+        self.outcome = outcome
+        self.limits = limits
+        self.backend, self.mode = backend, mode
+        self.progress = progress
+        self.every = every
+        self.background = improve == "background"
+        self.settings: OrderedDict[Setting, Known] = OrderedDict()
+        self.program: Program | None = None
+        self._max_bytes = max_learning_bytes
+        self._relatives: list[Variants] = []
+        self._history = History()
+        self._lock = threading.RLock()
+        self._seconds = {"learning": 0.0, "capturing": 0.0, "compiling": 0.0}
+        self._recorded = self._accelerated = self._further_calls = 0
+        self._said: set[str] = set()
+        self._latest: Known | None = None
+        self._worker: threading.Thread | None = None
+
+        model._fxmask.learner = self
+
+    def take_over(self, program: Program, runs: Sequence[Sampler], mask: Mask, checks: Checks | None) -> None:
+        """Go on from a model's plan that was made elsewhere.
+
+        Args:
+            program: the captured denoiser.
+            runs: recorded, of one setting.
+            mask: in use.
+            checks: of its full steps.
+        """
+        self.program = program
+        variants = self.model._fxmask.planned
+        known = Known(mask=mask, checks=checks, variants=variants, facts=sampler_facts(runs[0]) or {})
+        known.runs.extend(runs)
+        self._history = variants.history
+        self._relatives.append(variants)
+        self.settings[Setting((), "{}", "{}")] = known
+        self._latest = known
+
+    # One call of the pipeline
+
+    def call(self, pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Make one call of the pipeline.
+
+        Args:
+            pipe: the pipeline.
+            call: its own call.
+            args: of the call.
+            kwargs: of the call.
+        """
+        if INSIDE.get() or self.model.training or not self._is_in(pipe):
+            return call(*args, **kwargs)
+        token = INSIDE.set(True)
+        try:
+            setting = setting_of(pipe, call, args, kwargs, self.model.original)
+            known = self._look_up(setting)
+            if known.refused is not None:
+                return call(*args, **kwargs)
+            if not known.runs and known.mask is None:
+                return self._record(pipe, call, args, kwargs, setting, known)
+            if known.variants is None:
+                self.plan(setting, known)
+            known.calls += 1
+            if known.variants is None or known.refused is not None:
+                return call(*args, **kwargs)
+            if self.every and known.calls % self.every == 0:
+                return self._record(pipe, call, args, kwargs, setting, known)
+            return self._run(call, args, kwargs, setting, known)
+        finally:
+            INSIDE.reset(token)
+
+    def _is_in(self, pipe: Any) -> bool:
+        """Whether the pipeline still calls this model, and nothing moves its weights from call to call."""
+        if self.component is None or vars(pipe).get(self.component) is not self.model:
+            return False  # another denoiser was put in its place
+        if "_hf_hook" not in vars(self.model):
+            return True
+        self._say(
+            f"the {self.component} of this pipeline is offloaded between calls, so it runs as it always did; move it to the "
+            "device with .to(), or switch offloading off for it"
+        )
+        return False
+
+    def _say(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=6)
+
+    def _look_up(self, setting: Setting) -> Known:
+        with self._lock:
+            known = self.settings.setdefault(setting, Known())
+            self.settings.move_to_end(setting)
+            while len(self.settings) > MOST_SETTINGS:
+                _, old = self.settings.popitem(last=False)
+                if old.variants in self._relatives:
+                    self._relatives.remove(old.variants)
+            return known
+
+    def _record(
+        self,
+        pipe: Any,
+        call: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        setting: Setting,
+        known: Known,
+    ) -> Any:
+        """Make a call in full, and keep what its denoiser did."""
+        began = time.perf_counter()
+        result, run = record_in_passing(pipe, call, args, kwargs, component=self.component, max_bytes=self._room(known))
+        known.full.append(time.perf_counter() - began)
+        with self._lock:
+            self._recorded += 1
+            if isinstance(run, str):
+                if not known.runs and run != INTERRUPTED:
+                    self._refuse(known, setting, run)
+                return result
+            known.runs.append(run)
+            if len(known.runs) > 1:
+                self._fit_again(setting, known)
+        if self.background:
+            self._start_worker()
+        return result
+
+    def _room(self, known: Known) -> int:
+        """Bytes that a recorded run may hold."""
+        if self._max_bytes is not None:
+            return self._max_bytes // KEPT_RUNS if known.runs else self._max_bytes
+        return free_bytes(module_device(self.model.original)) // SHARE
+
+    def _run(
+        self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], setting: Setting, known: Known
+    ) -> Any:
+        """Make a call with the plan of its setting."""
+        variants = known.variants
+        assert variants is not None
+        self._notice_drift(setting, known)
+        if self._latest is not known:
+            self.model.adopt(variants, known.facts)
+            self._latest = known
+        graphs = sum(len(v.graphs) for v in variants.known)
+        began = time.perf_counter()
+        with self.model.generation_of(variants, predicts=False) as generation:
+            result = call(*args, **kwargs)
+        seconds = time.perf_counter() - began
+        with self._lock:
+            self._accelerated += bool(generation.matched)
+            if sum(len(v.graphs) for v in variants.known) == graphs and len(known.fast) + bool(known.full):
+                known.fast.append(seconds)
+        return result
+
+    def _notice_drift(self, setting: Setting, known: Known) -> None:
+        """Look at what the last run's checks said; it has ended, so that nothing waits."""
+        runs = self._history.runs
+        if known.checks is None or not runs or runs[-1].checks is None or runs[-1].checks.checks is not known.checks:
+            return
+        error = runs[-1].error
+        if error is None:
+            return
+        known.drifted = known.drifted + 1 if max(error) > DRIFT * max(known.checks.error, LEAST) else 0
+        if known.drifted == DRIFTING:
+            self._say(
+                f"the last {DRIFTING} images at {setting} are estimated to have {DRIFT:g} times the error of the plan's own "
+                f"({max(error):.2g}, {known.checks.error:.2g}): it was made of an image unlike these. Call improve() on the "
+                "accelerated denoiser, or pass every=20 to accelerate(), so that plans follow what they are used for"
+            )
+
+    # Plans
+
+    def plan(self, setting: Setting, known: Known) -> None:
+        """Make the plan of a setting from what was recorded of it."""
+        with self._lock:
+            if known.variants is not None or known.refused is not None:
+                return
+            try:
+                if known.mask is None:
+                    self._fit(known)
+                self._use(known)
+            except FxmaskError as error:
+                self._refuse(known, setting, str(error))
+            except Exception as error:  # whatever it is, the user's image must not fail for it
+                logger.debug("no plan could be made", exc_info=True)
+                self._refuse(known, setting, f"no plan could be made of the recorded run: {type(error).__name__}: {error}")
+
+    def given_roles(self) -> dict[str, str]:
+        """Roles that a later capture must be told."""
+        return given_roles(self.program) if self.program is not None else {}
+
+    def _capture(self, run: PipelineTrajectory | Any) -> Program:
+        if self.program is None:
+            with self._spending("capturing"):
+                self.program = capture(run.denoiser, run.calls[0][0], roles=run.roles)
+        return self.program
+
+    def _fit(self, known: Known) -> None:
+        run: Any = known.runs[-1]
+        program = self._capture(run)
+        with self._spending("learning"):
+            learner = InstantLearner(list(known.runs))
+            known.plan = learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits))
+            known.facts = sampler_facts(run) or {}
+            known.mask = known.plan.mask(program, run, known.facts or None)
+            known.checks = checks_of(learner, known.plan, self.outcome.max_error)
+
+    def _use(self, known: Known) -> None:
+        """Put the mask of a setting to use, beside those of others."""
+        program, mask = self.program, known.mask
+        assert program is not None
+        assert mask is not None
+        plan = rectify(program, mask)
+        if known.variants in self._relatives:
+            self._relatives.remove(known.variants)
+        variants = Variants(
+            program,
+            plan,
+            self.backend,
+            self.mode,
+            relatives=self._relatives,
+            history=self._history,
+            checks=known.checks,
+        )
+        self._relatives.append(variants)
+        known.variants = variants
+        if self.model._fxmask.variants is None or self._latest is known:
+            self.model.adopt(variants, known.facts)
+            self._latest = known
+        if not get_backend(self.backend).exact:
+            with self._spending("compiling"), torch.no_grad():
+                variants.executor().compile_all(progress=self.progress)
+
+    def _fit_again(self, setting: Setting, known: Known) -> None:
+        """The plan of the recorded runs alone, with one more run: least squares in which older runs are forgotten."""
+        if known.plan is None or known.effort != "instant":
+            return
+        try:
+            self._fit(known)
+            self._use(known)
+        except FxmaskError:
+            logger.debug("the plan stays as it is", exc_info=True)
+
+    def _refuse(self, known: Known, setting: Setting, reason: str) -> None:
+        known.refused = reason
+        known.runs.clear()
+        self._say(f"not accelerated at {setting}: {reason}")
+
+    @contextlib.contextmanager
+    def _spending(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] += time.perf_counter() - began
+
+    # Better plans
+
+    def improve(self, effort: str = "quick", **options: Any) -> bool:
+        """Learn on the recorded runs of the setting that was used last; see ``AcceleratedModel.improve``."""
+        with self._lock:
+            setting, known = next(reversed(self.settings.items()), (None, None))
+            if setting is None or known is None or not known.runs:
+                raise InputError("no run was recorded yet; call the pipeline first, its first call at each setting is recorded")
+            if known.variants is None:
+                self.plan(setting, known)
+            if known.refused is not None:
+                raise InputError(f"not accelerated at {setting}: {known.refused}")
+        return self._improve(known, effort, **options)
+
+    def _improve(self, known: Known, effort: str, **options: Any) -> bool:
+        if effort == "instant":
+            with self._lock:
+                self._fit(known)
+                self._use(known)
+            return True
+        program, mask = self.program, known.mask
+        assert program is not None
+        assert mask is not None
+        began = time.perf_counter()
+        found, calls = better_mask(
+            program,
+            list(known.runs),
+            mask,
+            self.outcome,
+            effort=effort,
+            **{"progress": self.progress, "backend": self.backend, **options},
+        )
+        with self._lock:
+            self._seconds["learning"] += time.perf_counter() - began
+            self._further_calls += calls
+            if found is None:
+                return False
+            known.mask, known.effort, known.checks = found, effort, None
+            self._use(known)
+        return True
+
+    def _start_worker(self) -> None:
+        with self._lock:
+            if self._worker is None or not self._worker.is_alive():
+                self._worker = threading.Thread(target=self._work, name="fxmask improve", daemon=True)
+                self._worker.start()
+
+    def _work(self) -> None:
+        """Improve settings whose recorded runs have doubled since their plan was made."""
+        for known in list(self.settings.values()):
+            if known.variants is None or known.refused is not None or known.effort != "instant" or len(known.runs) < 2:
+                continue
+            try:
+                self._improve(known, "quick", progress=False)
+            except Exception:  # in a thread of its own: nobody else would hear of it
+                logger.warning("improving a plan in the background failed; the plan stays", exc_info=True)
+
+    def account(self) -> Account:
+        """What was spent and saved until now."""
+        with self._lock:
+            saved = [
+                statistics.median(known.full) - statistics.median(known.fast)
+                for known in self.settings.values()
+                if known.full and known.fast
+            ]
+            return Account(
+                images=self._accelerated,
+                recorded=self._recorded,
+                calls=self._further_calls,
+                saved_per_image=statistics.fmean(saved) if saved else None,
+                **self._seconds,
+            )
+
+
+def checks_of(learner: InstantLearner, plan: InstantPlan, max_error: float | None) -> Checks | None:
+    """Checks of a plan's full steps, for the runtime."""
+    found = fitted_checks(learner, plan)
+    if not found:
+        return None
+    run = learner.runs[-1]
+    rows = sum(x.shape[0] for x in run.outputs[0])
+    lanes = lanes_of(rows, run.final.shape[0], response_of(run).mixing) if len(run.outputs[0]) == 1 else (1.0,)
+    by_step = {c.step: Check(c.sources, c.coefficients, c.expected, c.share) for c in found}
+    return Checks(by_step, plan.error, lanes, max_error)
