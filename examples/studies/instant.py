@@ -41,7 +41,6 @@ from fxmask.tools.place import require_device
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "examples" / "results"
 SOLVERS = {"ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}
-BATCH = 16
 CLIPPED = 4.0  # square of the span of samples in [-1, 1]
 
 
@@ -122,12 +121,12 @@ def recorder(cell: Cell, device: torch.device) -> Record:
 class Bench:
     """Fresh images of one cell."""
 
-    def __init__(self, cell: Cell, device: torch.device, images: int) -> None:
-        self.cell = cell
+    def __init__(self, cell: Cell, device: torch.device, images: int, batch: int) -> None:
+        self.cell, self.batch = cell, batch
         self.record = recorder(cell, device)
         self.first = self.record(1, 0)
-        batches = max(1, images // BATCH)
-        self.fresh = [self.record(BATCH, 1000 + s) for s in range(batches)]
+        batches = max(1, images // batch)
+        self.fresh = [self.record(batch, 1000 + s) for s in range(batches)]
         reference = torch.cat([run.final for run in self.fresh])
         self.span = CLIPPED if cell.family in ("dit", "ddpm") else float(reference.max() - reference.min()) ** 2
         self.reference = reference
@@ -143,7 +142,7 @@ class Bench:
 
     def fewer(self, steps: int) -> float:
         """With fewer steps."""
-        return self.psnr(torch.cat([self.record(BATCH, 1000 + s, steps).final for s in range(len(self.fresh))]))
+        return self.psnr(torch.cat([self.record(self.batch, 1000 + s, steps).final for s in range(len(self.fresh))]))
 
     @torch.no_grad()
     def plain_fit(self, count: int) -> float:
@@ -176,10 +175,10 @@ class Bench:
         return load_model(self.cell.family).to(self.first.final.device)
 
 
-def measure(cell: Cell, device: torch.device, images: int) -> dict[str, Any]:
+def measure(cell: Cell, device: torch.device, images: int, batch: int) -> dict[str, Any]:
     """All of one cell."""
     began = time.perf_counter()
-    bench = Bench(cell, device, images)
+    bench = Bench(cell, device, images, batch)
     model = getattr(bench.first, "denoiser", None) or bench.cell_model()
     program = fxmask.capture(model, bench.first.calls[0][0], getattr(bench.first, "roles", None))
     rows = []
@@ -244,7 +243,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 beside_text = f"{beside:+.1f}" if beside >= -0.3 else f"**{beside:+.1f}**"
                 lines.append(
                     f"| {Cell(**result['cell']).name} | {result['images']} | {row['asked']:g}x | {row['steps']} | "
-                    f"{row['instant']:.1f} | {row['fewer']:.1f} | {lead_text} | {row['plain']:.1f} | {beside_text} | {row['seconds']:.1f} |"
+                    f"{row['instant']:.1f} | {row['fewer']:.1f} | {lead_text} | {row['plain']:.1f} | {beside_text} | "
+                    f"{row['seconds']:.1f} |"
                 )
     lines += [
         "",
@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the table of what is there")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=48, help="fresh images")
+    parser.add_argument("--batch", type=int, default=16, help="how many of them at a time")
     parser.add_argument("--output", type=Path, help="folder of the measurements; default: build/instant")
     options = parser.parse_args()
     place = options.output or ROOT / "build" / "instant"
@@ -306,7 +307,7 @@ def main() -> None:
         path = place / f"{name}.json"
         if options.all and path.exists():
             continue
-        result = measure(CELLS[name], device, options.images)
+        result = measure(CELLS[name], device, options.images, options.batch)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
         partial.replace(path)

@@ -196,8 +196,8 @@ class InstantLearner:
         plans = self.plans(count_of_full_steps(self.steps, outcome.budget, share), keeps)
         if not plans:
             raise OutcomeError(
-                f"macs={outcome.budget:.4g} (speedup={1 / outcome.budget:.4g}) cannot be met within {TOLERANCE:.0%} by forecasts "
-                "of the whole output within these limits; allow more graphs or cache, or take effort='quick'"
+                f"macs={outcome.budget:.4g} (speedup={1 / outcome.budget:.4g}) cannot be met within {TOLERANCE:.0%} by "
+                "forecasts of the whole output within these limits; allow more graphs or cache, or take effort='quick'"
             )
         return plans[0]
 
