@@ -11,6 +11,7 @@ was fitted on, it says how much worse than these a run is, image by image; the p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Checks:
     lanes: tuple[float, ...] = (1.0,)
     max_error: float | None = None
 
-    @property
+    @functools.cached_property
     def last_use(self) -> dict[int, int]:
         """By step, the last one that reads its prediction."""
         return {j: k for k, check in sorted(self.by_step.items()) for j in check.sources}
@@ -76,6 +77,7 @@ class RunChecks:
     _kept: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
     _pending: list[tuple[torch.Tensor, Any]] = field(default_factory=list)
     _spent: torch.Tensor | None = None
+    _sent: tuple[list[int], torch.Tensor, Any] | None = None
 
     def computed(self, step: int, prediction: torch.Tensor) -> None:
         """Compare a step's prediction ``[rows, ...]`` with its forecast, and keep it for later ones."""
@@ -116,15 +118,7 @@ class RunChecks:
         """Add to what the run has spent of its error, and have the sum copied to the host in the background."""
         ratio = (measure / max(check.expected, 1e-30)).square() * check.share
         self._spent = ratio if self._spent is None else self._spent + ratio
-        worst = self._spent.max().reshape(1)
-        if not worst.is_cuda:
-            self._pending.append((worst, None))
-            return
-        copy = torch.empty(1, dtype=worst.dtype, pin_memory=True)
-        copy.copy_(worst, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(worst.device))
-        self._pending.append((copy, event))
+        self._pending.append(_on_its_way(self._spent.max().reshape(1)))
 
     def is_over(self) -> bool:
         """Whether the error of some image is estimated to pass the bound, by what has arrived on the host; never waits."""
@@ -135,6 +129,20 @@ class RunChecks:
         return self.checks.error * math.sqrt(float(arrived[-1].tolist()[0])) > self.checks.max_error
 
     # The estimate
+
+    def send(self) -> None:
+        """Have all measures copied to the host in the background: the run is over."""
+        if self.measures and self._sent is None:
+            steps = sorted(self.measures)
+            values = torch.stack([self.measures[k] for k in steps])
+            self._sent = steps, *_on_its_way(values)
+
+    def arrived_error(self) -> tuple[float, ...] | None:
+        """The same as ``error`` of a run that is over; ``None`` while its measures are on their way. Never waits."""
+        if self._sent is None or (self._sent[2] is not None and not self._sent[2].query()):
+            return None
+        steps, values, _ = self._sent
+        return estimated_error(self.checks, dict(zip(steps, values.tolist(), strict=True)))
 
     def error(self) -> tuple[float, ...] | None:
         """Estimated relative L2 error of every image; ``None`` where nothing was compared. Waits for the device."""
@@ -155,3 +163,14 @@ def estimated_error(checks: Checks, measures: Mapping[int, list[float]]) -> tupl
         ratios = [(shares[k], min(MOST_RATIO, x[n] / max(checks.by_step[k].expected, 1e-30))) for k, x in measures.items()]
         result.append(checks.error * math.sqrt(sum(share * ratio**2 for share, ratio in ratios) / total))
     return tuple(result)
+
+
+def _on_its_way(values: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A copy on the host, and when it will be there; ``None`` if it is already."""
+    if not values.is_cuda:
+        return values, None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(values.device))
+    return copy, event

@@ -244,6 +244,8 @@ class Generation:
         lane.stats.add(executor.plan.steps[step].macs, executor.plan.full_macs, followed=running)
         if lane.checks is not None and executor.plan.steps[step].macs == executor.plan.full_macs:
             lane.checks.computed(step, outputs[0])
+        if lane.checks is not None and lane.position == variant.mask.num_steps:
+            lane.checks.send()
         return outputs
 
     def _is_over(self, lane: Lane, step: int) -> bool:

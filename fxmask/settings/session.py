@@ -279,11 +279,11 @@ class Session:
         return result
 
     def _notice_drift(self, setting: Setting, known: Known) -> None:
-        """Look at what the last run's checks said; it has ended, so that nothing waits."""
+        """Look at what the last run's checks said, if that has arrived on the host."""
         runs = self._history.runs
         if known.checks is None or not runs or runs[-1].checks is None or runs[-1].checks.checks is not known.checks:
             return
-        error = runs[-1].error
+        error = runs[-1].checks.arrived_error()
         if error is None:
             return
         known.drifted = known.drifted + 1 if max(error) > DRIFT * max(known.checks.error, LEAST) else 0

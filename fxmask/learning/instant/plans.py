@@ -3,15 +3,15 @@
     moments --rules x placements--> screened by second moments --> replayed with the sampler --> ranked
 
 Nothing here calls the denoiser: a replay gives the sampler the recorded predictions at full steps and what is formed of them at
-the others. What the denoiser would have answered to the error is left out. Mostly it answers by correcting, so that estimates
-lie above the true errors; strong guidance answers the other way.
+the others. What the denoiser would have answered to the error is no more than a constant, see ``FEEDBACK``: mostly it corrects;
+strong guidance may do the opposite.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,7 @@ from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.costs import StepCosts
 from fxmask.learning.effort import Limits
-from fxmask.learning.instant.fitting import BENDS, Placement, Rule, deviation_of, fitted, spaced
+from fxmask.learning.instant.fitting import BENDS, Placement, Rule, deviation_of, fitted, heeded, spaced
 from fxmask.learning.instant.moments import FORGETTING, Moments, together
 from fxmask.learning.instant.response import replayed, sampled_part
 from fxmask.learning.outcome import TOLERANCE, Outcome
@@ -32,9 +32,10 @@ from fxmask.sampling.sampler import Sampler
 REPLAYED = 6  # plans that are replayed, of all that the moments screen
 # dB: a placement by a single image must be better by so much than a regular one to be likely so on others, with a
 # deterministic sampler and with one whose noise is another one for each image.
-HANDICAP, STOCHASTIC_HANDICAP = 0.5, 2.5
+HANDICAP, STOCHASTIC_HANDICAP = 1.5, 2.5
 # dB, likewise, of rules other than three predictions: four fit one image better and are less alike on others.
 DOUBTS = {2: 1.0, 4: 1.5}
+FEW = 16  # steps, below which all this counts more: what one image says of a single forecast is mostly chance
 SAMPLES = 1.0  # dB, of noisy samples as sources with a deterministic sampler
 RIDGES = (1e-5, 1e-3)
 LONG = 200  # steps, from which on full steps are only spaced: placing them takes T^3
@@ -135,7 +136,7 @@ class InstantLearner:
         for rule in self.rules(simplest=keeps is not None):
             tried = [(spaced(self.steps, count, bend), False) for bend in BENDS]
             if self.steps <= LONG:
-                tried.append((self._placement(rule, moments).best(count), True))
+                tried.append((self._placement(replace(rule, sources=3), moments).best(count), True))
             for computed, placed in tried:
                 terms = fitted(moments, rule, computed)
                 error = moments.error(deviation_of(moments, terms))
@@ -148,7 +149,7 @@ class InstantLearner:
         judged = [self._judged(plan) for plan in _distinct(chosen)]
         stochastic = self.runs[0].stochastic
         handicap = STOCHASTIC_HANDICAP if stochastic else HANDICAP
-        doubt = 1 / math.sqrt(sum(run.batch_size for run in self.runs))
+        doubt = max(1.0, FEW / self.steps) ** 1.5 / math.sqrt(sum(run.batch_size for run in self.runs))
 
         def likely(plan: InstantPlan) -> float:
             other = DOUBTS.get(plan.rule.sources, 0.0) + (0.0 if stochastic or not plan.rule.samples else SAMPLES)
@@ -284,7 +285,8 @@ def replayed_errors(run: Sampler, terms: Mapping[int, tuple[list[int], list[floa
             if value.shape != known.shape:
                 value = sampled_part(value, known)
             total += c * value
-        outputs.append(total.to(known.dtype))
+        share = heeded(i, terms, run.num_steps)
+        outputs.append((known + share * (total - known)).to(known.dtype))
     final = replayed(run, outputs)
     squares = (final.double() - run.final.double()).square().flatten(1).mean(dim=1).cpu()
     return squares / run.final.double().square().mean().cpu().clamp_min(1e-30)
