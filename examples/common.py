@@ -37,7 +37,7 @@ def parse_arguments(description: str, output: str) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} fresh samples to compare")
     parser.add_argument("--repeats", type=int, default=5, help="timed sampling runs of each kind")
     parser.add_argument("--backend", default="auto", choices=("auto", "inductor", "cudagraph", "eager"))
-    parser.add_argument("--effort", default="quick", choices=("quick", "default"), help="how long to learn")
+    parser.add_argument("--effort", default="quick", choices=("instant", "quick", "default"), help="how long to learn")
     parser.add_argument("--cost", default="macs", choices=("macs", "latency"), help="what the speed-up is asked for in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(output), help="where to write the picture")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from conftest import TinyTransformer, ddim
+from conftest import TinyTransformer, ddim, tiny_unet
 
 import fxmask
 from fxmask.backends import BACKENDS
@@ -69,6 +69,7 @@ def names_of_pages(device: str = "cpu") -> dict[str, Any]:
         "fxmask": fxmask,
         "torch": torch,
         "model": model,
+        "unet": tiny_unet().to(device),
         "scheduler": scheduler,
         "example_inputs": example_inputs,
         "calls": calls,

@@ -120,8 +120,8 @@ def parts():
 
 RIGHT = r"record_pipeline\(pipe, \.\.\.\).*fxmask\.accelerate\(pipe\.unet, pipe\.scheduler"
 SLIPS = {
-    "accelerate(pipe, scheduler)": (lambda p, *_: fxmask.accelerate(p, p.scheduler, speedup=2.0), RIGHT),
-    "accelerate(pipe)": (lambda p, *_: fxmask.accelerate(p, num_inference_steps=30), RIGHT),
+    "accelerate(pipe, scheduler)": (lambda p, *_: fxmask.accelerate(p, p.scheduler, speedup=2.0), "a scheduler of its own"),
+    "accelerate(pipe, effort)": (lambda p, *_: fxmask.accelerate(p, effort="quick"), r"pipe\.unet\.improve\(effort='quick'\)"),
     "accelerate(model)": (lambda p, m, *_: fxmask.accelerate(m, speedup=2.0), "no scheduler was given; pass a diffusers"),
     "accelerate(model, pipe)": (lambda p, m, *_: fxmask.accelerate(m, p), r"Pipe has no step.*pass its scheduler, pipe\.sch"),
     "record(pipe)": (lambda p, *_: fxmask.record(p, p.scheduler), RIGHT),
@@ -129,7 +129,7 @@ SLIPS = {
     "capture(pipe)": (lambda p, *_: fxmask.capture(p), RIGHT),
     "capture(run)": (lambda p, m, run, *_: fxmask.capture(m, run), r"pass run\.calls\[0\]\[0\]"),
     "capture(lanes)": (lambda p, m, run, *_: fxmask.capture(m, run.calls[0]), r"got tuple.*pass run\.calls\[0\]\[0\]"),
-    "load(pipe)": (lambda p, *_: fxmask.load("folder", p), RIGHT),
+    "load(pipe)": (lambda p, *_: fxmask.load("folder", p), r"no plans of a pipeline; fxmask\.save\(pipe"),
     "load(model, folder)": (lambda p, m, *_: fxmask.load(m, "folder"), r"folder comes first: fxmask\.load\(folder, model"),
     "rectify(program, plan)": (lambda p, m, r, program, mask, plan: fxmask.rectify(program, plan), "Plan; a plan is rectified"),
     "rectify(program, rows)": (
