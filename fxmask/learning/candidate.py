@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxmask.ir.mask import Mask
+from fxmask.learning.recorded_plans import Fits
 from fxmask.learning.schedule import Coefficients, Schedule
 
 
@@ -16,11 +17,20 @@ class Candidate:
         schedule: what each step forms.
         coefficients: how.
         score: mean relative error of the final samples in dB, smaller is better.
+        fits: of an instant plan: its coefficients by the recorded runs that they come from.
+        rounds: of refinement that the coefficients have had.
     """
 
     schedule: Schedule
     coefficients: Coefficients
     score: float
+    fits: Fits | None = None
+    rounds: int = 0
+
+    @property
+    def is_instant(self) -> bool:
+        """Whether recorded runs alone gave all coefficients of the output."""
+        return self.fits is not None and not self.rounds
 
     @property
     def is_refinable(self) -> bool:
@@ -38,10 +48,12 @@ class ParetoPoint:
     Attributes:
         mask: the plan's mask.
         mac_ratio: MACs of the full run over its MACs; with ``cost="latency"`` seconds over seconds, as measured by parts.
-        error: relative L2 error of the final samples on held-out noise.
+        error: relative L2 error of the final samples on noise that the coefficients were not fitted on.
         decibels: the same as mean over images, in dB.
         kind: where the schedule came from, for reports.
         units: work for this plan, in full sampling runs, what is shared included once.
+        fewer_steps: ``decibels`` of so many steps of the scheduler's own grid as cost the same, which no mask can express;
+            ``None`` where it is not known: noise is injected, or the recorded runs cannot take another number of steps.
     """
 
     mask: Mask
@@ -50,3 +62,4 @@ class ParetoPoint:
     decibels: float
     kind: str
     units: float
+    fewer_steps: float | None = None

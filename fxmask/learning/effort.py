@@ -19,6 +19,7 @@ class Effort:
         search: units of local search.
         rounds: of refinement.
         finalists: how many schedules are refined and compared on held-out noise.
+        instant: how many plans of recorded runs alone are tried, for each number of full steps.
     """
 
     units: float
@@ -28,6 +29,7 @@ class Effort:
     search: float
     rounds: int
     finalists: int
+    instant: int = 3
 
 
 EFFORTS = {

@@ -27,7 +27,14 @@ def best_of_families(pool: Sequence[Candidate], count: int) -> list[Candidate]:
 
 
 def refine_finalists(
-    measured: Measured, finalists: Sequence[Candidate], limits: Limits, *, rounds: int, ends: float, stochastic: bool
+    measured: Measured,
+    finalists: Sequence[Candidate],
+    limits: Limits,
+    *,
+    rounds: int,
+    ends: float,
+    stochastic: bool,
+    crossed: bool = False,
 ) -> list[Candidate]:
     """The finalists, and those of few coefficients with these refined, while units are left.
 
@@ -41,12 +48,13 @@ def refine_finalists(
         rounds: of refinement.
         ends: units.
         stochastic: whether the sampler is.
+        crossed: whether units must be left to judge them by cross-validation.
     """
     found, refined = list(finalists), []
     for candidate in sorted(finalists, key=lambda c: c.score):
         if candidate.is_refinable:
             freed = free_coefficients(measured.student, candidate, limits) if stochastic else candidate
-            better = measured.refine(freed, 1 if stochastic else rounds, ends, again=stochastic)
+            better = measured.refine(freed, 1 if stochastic else rounds, ends, again=stochastic, crossed=crossed)
             if better and (not better.schedule.blend or measured.judged(better)[0] < measured.judged(candidate)[0]):
                 refined.append(better)
     best = min(refined, key=lambda c: c.score, default=None)

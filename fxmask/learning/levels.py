@@ -30,6 +30,8 @@ class Level:
 def levels_of(student: Student, samples: int) -> list[Level]:
     """The levels that are worth trying, cheapest for the step first.
 
+    Without injected noise, forecasts of the output are tried with samples and without; with it, with samples only.
+
     Args:
         student: whose program.
         samples: noisy samples that forecasts of the output may read.
@@ -53,7 +55,14 @@ def levels_of(student: Student, samples: int) -> list[Level]:
             named[loads] = name
             last = cost
     ordered = sorted(named, key=student.cost)[:LEVELS]
-    return [Level(named[loads], loads, history, samples if loads == outputs else 0) for loads in ordered for history in (1, 3)]
+    levels: list[Level] = []
+    for loads in ordered:
+        read = samples if loads == outputs else 0
+        forms = [(1, read), (3, read)]
+        if read and not student.stochastic:
+            forms = [(1, 0), (3, 0), *((3, read) for name in sorted(loads) if student.reads_samples(name))]
+        levels += [Level(named[loads], loads, history, of_samples) for history, of_samples in forms]
+    return levels
 
 
 def count_full(student: Student, level: Level, budget: float) -> int | None:

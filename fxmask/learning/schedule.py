@@ -23,6 +23,7 @@ class Origin(enum.Enum):
     MIXED = "mixed"  # the same, with levels of different cost
     PER_BLOCK = "per block"  # a column of its own for every block
     SEARCHED = "searched"  # a neighbour of another schedule
+    INSTANT = "instant"  # on recorded runs alone
     EVERYTHING = "everything"  # nothing is formed
 
 
@@ -33,8 +34,8 @@ class Schedule:
     Attributes:
         loads: T sets of block names; the first is empty.
         history: K, how many fresh values a forecast may read.
-        samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any,
-            the sampler is stochastic, and blocks that cannot read samples are reused as they are.
+        samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any, and
+            the sampler is stochastic, blocks that cannot read samples are reused as they are.
         blend: if not 0, these blocks may read so many fresh values more, and where a step computes its output from formed
             blocks, that is blended with so many outputs before it and with the samples. Nothing of this is fitted along
             the way; it starts as plain reuse, for ``refine_all``.

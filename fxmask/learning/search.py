@@ -9,6 +9,9 @@
        ``adjoint.refine_all``)
     5. the best few are compared on noise that none of this has seen; that decides, and a last step of refinement uses it
 
+Plans of recorded runs alone (``instant``) are candidates beside them, refined and not. Of few images, half are held out, and
+both halves judge what the other one gave; more is fitted only where that is better by more than the standard error.
+
 The work is counted in full sampling runs of the recorded trajectories (``effort``). Every measurement goes through a
 journal, so that an interrupted run resumes where it was and several outcomes (``pareto``) share what is measured.
 """
@@ -16,10 +19,12 @@ journal, so that an interrupted run resumes where it was and several outcomes (`
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -28,8 +33,9 @@ from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.program import Program
 from fxmask.learning.adjoint import acts_by_element
 from fxmask.learning.candidate import Candidate, ParetoPoint
+from fxmask.learning.choice import FEW, choose
 from fxmask.learning.constraints import is_met, keeps_limits, trimmed
-from fxmask.learning.effort import Effort, Limits
+from fxmask.learning.effort import EFFORTS, Effort, Limits
 from fxmask.learning.finalists import best_of_families, refine_finalists, refit_on_held_out
 from fxmask.learning.forms import Forms
 from fxmask.learning.identity import identity_of
@@ -44,11 +50,12 @@ from fxmask.learning.place_blocks import place_blocks
 from fxmask.learning.prices import measure_latency, per_step
 from fxmask.learning.progress import Progress
 from fxmask.learning.ranks import Group
+from fxmask.learning.recorded_plans import Fits, RecordedPlans
 from fxmask.learning.room import Room
 from fxmask.learning.schedule import Origin, Schedule
-from fxmask.learning.student import Student
+from fxmask.learning.student import Student, output_blocks
 from fxmask.sampling.same_sampler import describe_difference
-from fxmask.sampling.sampler import ChangesSteps, Sampler
+from fxmask.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +111,11 @@ class Search:
         forms = Forms(program, trajectories)
         for n, trajectory in enumerate(trajectories):
             forms.of_run(trajectory, n)
-        training, held_out, judges = _shares(program, trajectories, group, seed)
+        self.few = sum(t.batch_size for t in trajectories) < FEW
+        learned, held_out = _shares(program, trajectories, group, seed, self.few)
+        self.recorded = RecordedPlans(program, learned, held_out)
+        training, judges = group.share(learned), group if len(held_out) >= group.size else None
+        held_out = group.share(held_out) if judges else held_out
         self.effort = effort
         self.limits = limits
         self.seed = seed
@@ -117,6 +128,7 @@ class Search:
         student = Student(program, training, group, forms, room, deployed, places)
         judge = Student(program, held_out, judges, forms, room, deployed, held_places)
         self.progress = Progress(progress)
+        self.crossed = self.few and not self.stochastic
         options = seed, limits, effort, 2 if self.stochastic else 0, cost
         identity = identity_of(program, trajectories, (*options, backend)) if checkpoint is not None and group.rank == 0 else ""
         old_identity = group.agree(_identity_1(student, *options))
@@ -127,7 +139,7 @@ class Search:
             seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
             student.price_by(per_step(student.deployed, seconds))
         self.branches = self.measured.branches
-        self.levels = levels_of(student, 2 if self.stochastic else 0)
+        self.levels = levels_of(student, 2)
         if effort.kinds:
             names = list(dict.fromkeys(level.name for level in self.levels))[: effort.kinds]
             self.levels = [level for level in self.levels if level.name in names]
@@ -151,11 +163,12 @@ class Search:
                 self._search(pool, budget)
                 finalists = refine_finalists(
                     measured,
-                    best_of_families(pool, self.effort.finalists),
+                    self._finalists(pool),
                     self.limits,
                     rounds=self.effort.rounds,
                     ends=started + self.effort.units,
                     stochastic=self.stochastic,
+                    crossed=self.crossed,
                 )
             except KeyboardInterrupt:
                 if not pool:
@@ -167,17 +180,53 @@ class Search:
                 f"macs={budget:.4g} (speedup={1 / budget:.4g}) cannot be met within {TOLERANCE:.0%} under {self.limits}; "
                 "allow more graphs or more cache, or take more steps"
             )
-        judged = [(c, measured.point(c, started)) for c in finalists]
-        # All images count: which images are hard differs more between batches than plans of nearly equal quality do.
-        best, chosen = min(judged, key=lambda pair: measured.of_all(pair[0].score, pair[1].decibels))
-        self._compare_with_fewer_steps(chosen, budget)
-        coefficients = best.coefficients
+        best, chosen = self._best_of_few(finalists, started) if self.few else self._best_of_many(finalists, started)
+        chosen = replace(chosen, fewer_steps=self._compare_with_fewer_steps(chosen, budget))
         try:
-            if self.effort.rounds >= 2:
-                coefficients = refit_on_held_out(measured, best, chosen.decibels)
+            if self.effort.rounds >= 2 and not self.few:
+                refitted = refit_on_held_out(measured, best, chosen.decibels)
+                chosen = replace(chosen, mask=self.student.mask(best.schedule, refitted))
         except KeyboardInterrupt:
             logger.warning("learning was interrupted before its last step of refinement")
-        return replace(chosen, mask=self.student.mask(best.schedule, coefficients), units=measured.units - started)
+        return replace(chosen, units=measured.units - started)
+
+    def _best_of_many(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
+        """All images count: which images are hard differs more between batches than plans of nearly equal quality do."""
+        judged = [(c, self.measured.point(c, started)) for c in finalists]
+        return min(judged, key=lambda pair: self.measured.of_all(pair[0].score, pair[1].decibels))
+
+    def _best_of_few(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
+        """Every image judges coefficients that it had no part in; in doubt, what least was fitted for is taken.
+
+        With a stochastic sampler, whose refinement asks the held-out images when to stop, these alone judge.
+        """
+        measured = self.measured
+        first = next((c for c in finalists if c.is_instant), None)
+        fitted = [0 if c is first else 1 if c.is_instant else 2 if not c.rounds else 3 for c in finalists]
+        if not self.crossed:
+            best = finalists[choose([measured.judged_images(c) for c in finalists], fitted)]
+            return best, measured.point(best, started)
+        crossed = [measured.crossed(c) for c in finalists]
+        number = choose([images for images, _ in crossed], fitted)
+        best, (images, other) = finalists[number], crossed[number]
+        decibels, error = fmean(images), math.sqrt(fmean(10 ** (x / 10) for x in images))
+        best = replace(best, coefficients=measured.of_both_folds(best, other, decibels))
+        mask = self.student.mask(best.schedule, best.coefficients)
+        ratio = 1 / self.student.spent(best.schedule)
+        return best, ParetoPoint(mask, ratio, error, decibels, best.schedule.description, measured.units - started)
+
+    def _finalists(self, pool: Pool) -> list[Candidate]:
+        """The best candidates of all, those of less effort, and the two best instant plans: as chosen, and on rollouts."""
+        quick = list(dict.fromkeys(level.name for level in self.levels))[: EFFORTS["quick"].kinds]
+        plain = [c for c in pool if c.schedule.origin in (Origin.EVEN, Origin.BENT) and c.schedule.family in quick]
+        instant = [c for c in pool if c.is_instant]
+        chosen = [
+            *instant[:1],
+            *sorted(instant, key=lambda c: c.score)[:1],
+            *best_of_families(plain, 1),
+            *best_of_families(pool, self.effort.finalists),
+        ]
+        return [c for n, c in enumerate(chosen) if c not in chosen[:n]]
 
     def _check_reachable(self, budget: float) -> None:
         least = min((self.student.cost(level.loads) for level in self.levels), default=1.0)
@@ -192,15 +241,25 @@ class Search:
     # Schedules to try; what comes later depends on how the earlier ones did
 
     def _propose(self, pool: Pool, budget: float) -> None:
-        """Fill the pool: even schedules, then bent and placed ones of the best levels."""
+        """Fill the pool: instant plans, even schedules, then bent and placed ones of the best levels."""
+        self._propose_instant(pool, budget)
+        instant = len(pool)
         self._add_all(pool, (evenly(self.student, level, budget) for level in self._promising), budget)
-        ranked = sorted(pool, key=lambda c: c.score)
+        ranked = sorted(pool[instant:], key=lambda c: c.score)
         if not ranked:
             return
         level = self._level_of(ranked[0])
         self._add_all(pool, (evenly(self.student, level, budget, bend) for bend in BENDS), budget)
         if self.effort.starts:
             self._propose_placed(pool, ranked, budget)
+
+    def _propose_instant(self, pool: Pool, budget: float) -> None:
+        """Plans of recorded runs alone, the one first that an instant plan would be."""
+        outputs = frozenset(block.name for block in output_blocks(self.student.program))
+        share = self.student.cost(outputs) if outputs else 1.0
+        if share < 1 and self.effort.instant:
+            for schedule, fits in self.measured.instant_plans(budget, share, self.effort.instant, self.recorded):
+                self._add(pool, schedule, budget, fits)
 
     def _propose_placed(self, pool: Pool, ranked: Sequence[Candidate], budget: float) -> None:
         """Full steps where the measured runs of the best levels say. ``ranked`` are the even schedules, the best first."""
@@ -228,22 +287,23 @@ class Search:
     def _level_of(self, candidate: Candidate) -> Level:
         """The level of an even schedule."""
         schedule = candidate.schedule
-        return next(x for x in self.levels if x.name == schedule.family and x.history == schedule.history)
+        form = schedule.family, schedule.history, schedule.samples
+        return next(x for x in self.levels if (x.name, x.history, x.samples) == form)
 
     def _add_all(self, pool: Pool, schedules: Iterable[Schedule | None], budget: float) -> None:
         for schedule in schedules:
             self._add(pool, schedule, budget)
 
-    def _add(self, pool: Pool, schedule: Schedule | None, budget: float) -> Candidate | None:
+    def _add(self, pool: Pool, schedule: Schedule | None, budget: float, fits: Fits | None = None) -> Candidate | None:
         """Evaluate a schedule, brought to the budget, and add it to the pool, if it keeps the limits."""
         if schedule is None:
             return None
         schedule = trimmed(self.student, self.branches, schedule, budget)
-        if schedule is None or any(c.schedule == schedule for c in pool):
+        if schedule is None or any(c.schedule == schedule and c.fits == fits for c in pool):
             return None
         if not keeps_limits(self.student, self.limits, schedule):
             return None
-        candidate = self.measured.evaluate(schedule)
+        candidate = self.measured.evaluate(schedule, fits)
         pool.append(candidate)
         best = min(pool, key=lambda c: c.score)
         self.progress.show(
@@ -270,14 +330,16 @@ class Search:
                 if found is not None and found.score < current.score - GAIN:
                     current, failures = found, 0
 
-    def _compare_with_fewer_steps(self, point: ParetoPoint, budget: float) -> None:
-        """Warn if the scheduler's own grid with fewer steps, which no mask can express, is better on held-out noise."""
-        changing = [t for t in self.judge.trajectories if isinstance(t, ChangesSteps) and t.can_change_steps]
-        if self.stochastic or len(changing) < len(self.judge.trajectories):
-            return
+    def _compare_with_fewer_steps(self, point: ParetoPoint, budget: float) -> float | None:
+        """The score of the scheduler's own grid with fewer steps, which no mask can express, on the images that judge plans.
+
+        Warns if it is better. ``None`` if it is not known.
+        """
+        if self.stochastic:
+            return None
         steps = max(1, round(budget * self.student.num_steps))
-        score = self.judge.score_of([t.with_steps(self.judge.program.model, steps) for t in changing])
-        if score < point.decibels - NOTICED:
+        score = self.measured.fewer_steps(steps, everywhere=self.crossed)
+        if score is not None and score < point.decibels - NOTICED:
             logger.warning(
                 "%d steps of the scheduler's own grid are %.1f dB better than the best plan at the same MACs; set "
                 "num_inference_steps=%d and ask for a smaller speed-up from there",
@@ -285,6 +347,7 @@ class Search:
                 point.decibels - score,
                 steps,
             )
+        return score
 
     def meet_error(self, max_error: float) -> ParetoPoint:
         """The cheapest plan whose error on held-out noise is at most ``max_error``, by bisection of the budget.
@@ -343,23 +406,22 @@ def _check_together(trajectories: Sequence[Sampler]) -> None:
 
 
 def _shares(
-    program: Program, trajectories: Sequence[Sampler], group: Group, seed: int
-) -> tuple[list[Sampler], list[Sampler], Group | None]:
-    """This rank's trajectories to learn from, those that are held out, and the ranks that share the latter.
+    program: Program, trajectories: Sequence[Sampler], group: Group, seed: int, few: bool
+) -> tuple[list[Sampler], list[Sampler]]:
+    """The trajectories to learn from, and those that are held out, of all ranks.
 
-    Of four or more the last quarter is held out, of two or three the last; for one alone, fresh noise is recorded.
+    Of four or more the last quarter is held out, of two or three the last, of few images half of them, if that leaves something
+    for every rank; for one alone, fresh noise is recorded.
     """
     count = len(trajectories)
     held = count // 4 if count >= 4 else (1 if count > 1 else 0)
-    training, held_out = list(trajectories[: count - held]), list(trajectories[count - held :])
-    if group.size > max(1, len(training)):
-        raise InputError(f"{group.size} ranks need at least as many trajectories to learn from, got {len(training)}")
-    training = group.share(training)
+    if group.size > max(1, count - held):
+        raise InputError(f"{group.size} ranks need at least as many trajectories to learn from, got {count - held}")
+    if few:
+        held = max(held, min(count // 2, count - group.size))
     if not held:
-        held_out = [t.renoised(program.model, 7919 * (seed + 1) + n) for n, t in enumerate(training)]
-    elif held >= group.size:
-        held_out = group.share(held_out)
-    return training, held_out, group if not held or held >= group.size else None
+        return list(trajectories), [t.renoised(program.model, 7919 * (seed + 1) + n) for n, t in enumerate(trajectories)]
+    return list(trajectories[: count - held]), list(trajectories[count - held :])
 
 
 def _identity_1(student: Student, seed: int, limits: Limits, effort: Effort, samples: int, cost: str) -> str:

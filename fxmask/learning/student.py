@@ -88,6 +88,7 @@ class Student:
     Attributes:
         program: of the first call of all; costs are its costs.
         programs: per trajectory the program of each lane.
+        stochastic: whether the sampler injects noise.
         units: work done so far, in full sampling runs of all the trajectories.
     """
 
@@ -113,6 +114,7 @@ class Student:
         self.programs = [forms.of_run(trajectory, n) for n, trajectory in enumerate(self.trajectories)]
         self.num_steps = first.num_steps
         self.order = first.order
+        self.stochastic = any(t.stochastic for t in self.trajectories)
         self.units = 0.0
         self.room = room or Room()
         self._graphs: dict[Any, CutGraph] = {}
@@ -146,7 +148,7 @@ class Student:
                 return [step]
             steps = [step, *earlier[: schedule.blend]]
         else:
-            plain = bool(schedule.samples) and not reads
+            plain = self.stochastic and bool(schedule.samples) and not reads
             steps = earlier[: 1 + schedule.blend if plain else schedule.history]
         return [*steps, *((INPUT, j) for j in [step, *earlier][: schedule.samples if reads else 0])]
 
@@ -443,7 +445,8 @@ class Student:
         fitted: dict[tuple[int, str], Terms] = {
             (step, name): ((s[0], 1.0),)
             for name, s in sources.items()
-            if len(s) == 1 and (schedule.history == 1 or (schedule.samples and not self.reads_samples(name)))
+            if len(s) == 1
+            and (schedule.history == 1 or (self.stochastic and schedule.samples and not self.reads_samples(name)))
         }
         blocks = [name for name in blocks if (step, name) not in fitted]
         if not blocks:
@@ -511,9 +514,13 @@ class Student:
         counts = [torch.tensor(float(t.batch_size)) for t in self.trajectories]
         return int(self.group.sum(counts))
 
+    def decibels(self, rollout: Rollout) -> torch.Tensor:
+        """Relative error of every final image in dB, float64 ``[N]`` over all ranks; smaller is better."""
+        return 10 * self.errors(rollout).clamp_min(1e-15).log10()
+
     def score(self, rollout: Rollout) -> float:
-        """Mean over images of the relative error in dB; smaller is better. The mean PSNR with its sign turned."""
-        return float(10 * self.errors(rollout).clamp_min(1e-15).log10().mean())
+        """Mean over images of the relative error in dB. The mean PSNR with its sign turned."""
+        return float(self.decibels(rollout).mean())
 
     def relative_error(self, rollout: Rollout) -> float:
         """Relative L2 error of the final samples."""
@@ -522,6 +529,14 @@ class Student:
     def score_of(self, others: Sequence[Sampler]) -> float:
         """Score of other trajectories, from the same noise, as if they were rollouts."""
         return self.score(Rollout([t.final for t in others], {}, []))
+
+    def readable(self, schedule: Schedule, coefficients: Coefficients) -> dict[tuple[int, str], Terms]:
+        """Those of some coefficients that suit a schedule: they read all that a forecast may read there, and nothing else."""
+        return {
+            (step, block): terms
+            for (step, block), terms in coefficients.items()
+            if block in schedule.loads[step] and [s for s, _ in terms] == self.sources(schedule, step, block)
+        }
 
     def residuals(self, rollout: Rollout) -> list[torch.Tensor]:
         """Errors of the final samples, float64 ``[B, D]`` per trajectory."""

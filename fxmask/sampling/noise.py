@@ -23,7 +23,7 @@ DRAWS = (
 
 
 class NoiseTape(TorchFunctionMode):
-    """Records every random tensor that is drawn inside it, or plays a recording back."""
+    """Records every random tensor that is drawn inside it; those of a recording that it plays back, too."""
 
     def __init__(self, recorded: Sequence[torch.Tensor] | None = None) -> None:
         super().__init__()
@@ -41,6 +41,7 @@ class NoiseTape(TorchFunctionMode):
         noise = next(self._playback, None)
         if noise is None:
             raise SchedulerError("the sampler drew more noise than was recorded; it must be called as it was recorded")
+        self.tensors.append(noise)
         if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
             return args[0].copy_(noise)
         return noise.clone()

@@ -25,6 +25,30 @@ class PipelineArguments:
         """The arguments again, with copies of tensors and generators."""
         return PipelineArguments(fresh_copies(self.args), fresh_copies(self.kwargs))
 
+    def steps(self, pipe: Any) -> int | None:
+        """The ``num_inference_steps`` of the call; ``None`` if it takes none, or was given timesteps or sigmas of its own."""
+        bound = self._bound(pipe)
+        if bound is None or any(bound.arguments.get(name) is not None for name in ("timesteps", "sigmas")):
+            return None
+        value = bound.arguments.get("num_inference_steps")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def with_steps(self, pipe: Any, num_inference_steps: int) -> PipelineArguments:
+        """The arguments with another number of steps; ``steps`` must know the present one."""
+        bound = self._bound(pipe)
+        assert bound is not None
+        bound.arguments["num_inference_steps"] = num_inference_steps
+        return PipelineArguments(bound.args, bound.kwargs)
+
+    def _bound(self, pipe: Any) -> inspect.BoundArguments | None:
+        """By parameter of the call, with defaults; ``None`` where a callable does not say what it takes."""
+        try:
+            bound = inspect.signature(pipe).bind(*self.args, **self.kwargs)
+        except (TypeError, ValueError):
+            return None
+        bound.apply_defaults()
+        return bound
+
 
 def fresh_copies(tree: Any) -> Any:
     """Copies of tensors and generators, in the state that they are in."""

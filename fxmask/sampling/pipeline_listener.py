@@ -80,6 +80,12 @@ class PipelineListener:
         self._own = False  # whether the step under way is the denoiser's
         self._count = 0  # of scheduler steps, whosever
 
+    @property
+    def heard_all(self) -> bool:
+        """Whether the steps are all that the schedulers took: no other denoiser made some of them, no step came after them."""
+        first = self.start is not None and self.initial is not None and torch.equal(self.start, self.initial)
+        return first and self._count == self.num_scheduler_steps
+
     def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a component; keep what it was given and what it returned where that may be needed."""
         if self.is_too_much:

@@ -54,6 +54,7 @@ class RecordedRun:
         answers: how each prediction is put in place.
         num_scheduler_steps: until the last step of the denoiser.
         start: the sample before the first step of all; another denoiser's, perhaps.
+        whole: whether these are all steps of the call.
     """
 
     pipe: Any
@@ -63,6 +64,7 @@ class RecordedRun:
     answers: tuple[Answer, ...]
     num_scheduler_steps: int
     start: torch.Tensor | None = None
+    whole: bool = True
 
 
 class _Finished(BaseException):

@@ -82,6 +82,30 @@ class PipelineTrajectory(Recording):
             )
         return recorded
 
+    @property
+    def can_change_steps(self) -> bool:
+        """Whether ``with_steps`` works: the call says how many steps, all of this denoiser, and draws no noise in them."""
+        return self.run.whole and not self.stochastic and self.run.arguments.steps(self.run.pipe) is not None
+
+    def with_steps(self, model: torch.nn.Module, num_inference_steps: int) -> PipelineTrajectory:
+        """The same call, from the same noise, with about so many denoiser calls.
+
+        Where the recorded call made more or fewer of them than it was asked for (solvers of second order, image to image), the
+        number that is asked for is in proportion.
+
+        Raises:
+            InputError: the call does not say how many steps, shares them with another denoiser, or draws noise in them.
+        """
+        given = self.run.arguments.steps(self.run.pipe)
+        if given is None or not self.can_change_steps:
+            raise InputError(
+                f"this call of {type(self.run.pipe).__name__} cannot be made with another number of steps; it must take "
+                "num_inference_steps, use one denoiser, and draw no noise between steps"
+            )
+        asked = max(1, round(num_inference_steps * given / self.num_steps))
+        other = self.run.arguments.fresh().with_steps(self.run.pipe, asked)
+        return _record(self.run.pipe, other.fresh(), other, NoiseTape(self.run.draws), self.component, model)
+
     def _started_from(self, given: torch.Tensor) -> bool:
         """Whether the first sample is this argument, up to a factor."""
         start = self.initial_noise if self.run.start is None else self.run.start
@@ -256,6 +280,7 @@ def _recorded(recorder: PipelineListener, pipe: Any, again: PipelineArguments, m
             tuple(answers),
             recorder.num_scheduler_steps,
             recorder.start,
+            recorder.heard_all,
         ),
     )
 

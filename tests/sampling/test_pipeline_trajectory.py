@@ -58,7 +58,8 @@ def test_replay_is_exact(name):
     rows = 4 if name == "dit" else 2  # DiTPipeline gives its scheduler both halves of the guidance batch
     assert trajectory.batch_size == rows == trajectory.final.shape[0]
     assert isinstance(trajectory, fxmask.Sampler)
-    assert not isinstance(trajectory, ChangesSteps), "the pipeline sets its own steps"
+    assert isinstance(trajectory, ChangesSteps)
+    assert trajectory.can_change_steps == (name not in STOCHASTIC), "with injected noise there is no run from the same noise"
     for (step, lane), call in zip(trajectory.order, drive(trajectory, trajectory.outputs), strict=True):
         expected = trajectory.calls[step][lane]
         assert call.keys() == expected.keys()
@@ -132,6 +133,42 @@ def test_other_noise_where_the_start_was_passed_in():
     other = trajectory.renoised(trajectory.denoiser, 1)
     assert not torch.equal(other.initial_noise, trajectory.initial_noise)
     assert torch.equal(other.rollout(other.denoiser), other.final)
+
+
+@pytest.mark.parametrize("name", ["dit", "heun", "image_to_image", "wan"])
+def test_the_same_call_with_other_steps(name):
+    _, _, trajectory = record(name)
+    model, steps = trajectory.denoiser, trajectory.num_steps
+    before = torch.get_rng_state()
+    same, fewer = trajectory.with_steps(model, steps), trajectory.with_steps(model, steps // 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(same.final, trajectory.final)
+    assert fewer.num_steps == steps // 2
+    assert fewer.final.shape == trajectory.final.shape
+    assert not torch.equal(fewer.final, trajectory.final)
+    assert torch.equal(fewer.rollout(model), fewer.final)
+    if name in ("dit", "wan"):  # the others scale noise by where they start, or make two calls a step
+        assert torch.equal(fewer.initial_noise, trajectory.initial_noise)
+        assert torch.equal(fewer.with_steps(model, steps).final, trajectory.final)
+
+
+@pytest.mark.parametrize("extra", [{"timesteps": [900, 500, 100]}, {"eta": 1.0}])
+def test_calls_whose_steps_cannot_change(extra):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    pipe, call = stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = (DDIMScheduler if "eta" in extra else DPMSolverMultistepScheduler).from_config(pipe.scheduler.config)
+    trajectory = fxmask.record_pipeline(pipe, **{"num_inference_steps": 3, **call, **extra}, generator=generator())
+    assert not trajectory.can_change_steps
+    with pytest.raises(InputError, match="cannot be made with another number of steps"):
+        trajectory.with_steps(trajectory.denoiser, 2)
+
+
+def test_one_of_two_denoisers_cannot_change_its_steps():
+    pipe, call = two_denoisers()
+    for name in ("transformer", "transformer_2"):
+        assert not fxmask.record_pipeline(pipe, **call, component=name, generator=generator()).can_change_steps
 
 
 def test_what_the_user_does_meanwhile_does_not_matter():
