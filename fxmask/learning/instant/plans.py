@@ -149,10 +149,10 @@ class InstantLearner:
         judged = [self._judged(plan) for plan in _distinct(chosen)]
         stochastic = self.runs[0].stochastic
         handicap = STOCHASTIC_HANDICAP if stochastic else HANDICAP
-        doubt = max(1.0, FEW / self.steps) ** 1.5 / math.sqrt(sum(run.batch_size for run in self.runs))
+        doubt: float = max(1.0, FEW / self.steps) ** 1.5 / math.sqrt(sum(run.batch_size for run in self.runs))
 
         def likely(plan: InstantPlan) -> float:
-            other = DOUBTS.get(plan.rule.sources, 0.0) + (0.0 if stochastic or not plan.rule.samples else SAMPLES)
+            other: float = DOUBTS.get(plan.rule.sources, 0.0) + (0.0 if stochastic or not plan.rule.samples else SAMPLES)
             return plan.decibels + doubt * (handicap * plan.placed + other)
 
         return sorted(judged, key=likely)
