@@ -101,15 +101,17 @@ class RunChecks:
 
     def _measure(self, difference: torch.Tensor) -> torch.Tensor:
         """Root mean square for every image ``[N]``: the rows of an image are combined as guidance combines them."""
-        lanes = self.checks.lanes
+        lanes, scale = self.checks.lanes, 1.0
         if len(lanes) > 1 and difference.shape[0] % len(lanes) == 0:
             parts = difference.reshape(len(lanes), -1, *difference.shape[1:])
             total = parts[0] * lanes[0]
             for part, c in zip(parts[1:], lanes[1:], strict=True):
                 total = torch.add(total, part, alpha=c)
             difference = total
+        else:
+            scale = math.hypot(*lanes)
         flat = difference.flatten(1) if difference.dim() > 1 else difference.reshape(-1, 1)
-        found: torch.Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32) / math.sqrt(flat.shape[1])
+        found: torch.Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32) * (scale / math.sqrt(flat.shape[1]))
         return found
 
     # The guard

@@ -460,7 +460,7 @@ def checks_of(learner: InstantLearner, plan: InstantPlan, max_error: float | Non
     if not found:
         return None
     run = learner.runs[-1]
-    rows = sum(x.shape[0] for x in run.outputs[0])
-    lanes = lanes_of(rows, run.final.shape[0], response_of(run).mixing) if len(run.outputs[0]) == 1 else (1.0,)
+    alone = len(run.outputs[0]) == 1  # lanes that are called one by one are checked one by one
+    lanes = lanes_of(response_of(run).mixing) if alone else (1.0,)
     by_step = {c.step: Check(c.sources, c.coefficients, c.expected, c.share) for c in found}
     return Checks(by_step, plan.error, lanes, max_error)

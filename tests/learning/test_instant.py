@@ -22,7 +22,8 @@ from fxmask.learning.outcome import Outcome
 
 @pytest.fixture(scope="module")
 def run() -> fxmask.Trajectory:
-    return fxmask.record(tiny_unet(), ddim(), num_inference_steps=10, batch_size=2)
+    """Of a sampler that is linear in the predictions: it does not clip."""
+    return fxmask.record(tiny_unet(), ddim(clip_sample=False), num_inference_steps=10, batch_size=2)
 
 
 def with_outputs(run: fxmask.Trajectory, step: int, change: torch.Tensor) -> list[torch.Tensor]:
@@ -54,8 +55,14 @@ def test_the_response_of_a_sampler_is_what_a_change_of_one_prediction_makes(run:
 
 def test_guidance_is_found_in_the_response() -> None:
     _, _, trajectory = record("stable_diffusion")
-    lanes = lanes_of(4, 2, response_of(trajectory).mixing)
+    lanes = lanes_of(response_of(trajectory).mixing)
     assert lanes[1] / lanes[0] == pytest.approx(2.5 / -1.5, rel=0.02)
+
+
+def test_rows_without_guidance_are_images(run: fxmask.Trajectory) -> None:
+    assert len(lanes_of(response_of(run).mixing)) == 1
+    assert lanes_of(torch.tensor([[0.5, 0.5], [0.0, 0.0]])) == (0.5,)
+    assert lanes_of(torch.tensor([[1.5, 1.5], [-0.5, -0.5]])) == (1.5, -0.5)  # both lanes are sampled
 
 
 def test_coefficients_are_the_least_squares(run: fxmask.Trajectory) -> None:
@@ -125,7 +132,7 @@ def test_estimates_are_near_what_really_comes_out(run: fxmask.Trajectory) -> Non
     learner = InstantLearner([run])
     plan = learner.plans(5)[0]
     model = fxmask.compile(program, fxmask.rectify(program, plan.mask(program, run, None)), backend="eager")
-    fresh = fxmask.record(tiny_unet(), ddim(), num_inference_steps=10, batch_size=4, seed=5)
+    fresh = fxmask.record(tiny_unet(), ddim(clip_sample=False), num_inference_steps=10, batch_size=4, seed=5)
     error = (fresh.rollout(model) - fresh.final).square().mean().sqrt() / fresh.final.square().mean().sqrt()
     assert 0.2 < plan.error / float(error) < 5
 

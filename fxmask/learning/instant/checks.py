@@ -14,6 +14,7 @@ from fxmask.learning.instant.plans import InstantLearner, InstantPlan
 
 SOURCES = 3  # earlier full steps that a check reads
 RIDGE = 1e-3
+NOTICED = 0.05  # share of the largest one, below which a row is none of an image's
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class FittedCheck:
         step: that is checked.
         sources: steps whose predictions are read, the latest first.
         coefficients: of these.
-        expected: root mean square of the difference, per element of the rows' combination.
+        expected: root mean square of the difference, lanes combined, on the recorded runs.
         share: part of the estimated square error of the final samples that comes from the steps formed right before.
     """
 
@@ -46,25 +47,32 @@ def fitted_checks(learner: InstantLearner, plan: InstantPlan) -> list[FittedChec
     for n, k in enumerate(checked):
         own = shares[(checked[n - 1] if n else 0) : k] if n else shares[:k]
         share = sum(own) + (sum(shares[k:]) if n == len(checked) - 1 else 0.0)
-        result.append(_check(moments, computed, k, share))
+        result.append(_check(moments, computed, k, share, learner.scale))
     total = sum(check.share for check in result)
     if total <= 0:
         return []
     return [FittedCheck(c.step, c.sources, c.coefficients, c.expected, c.share / total) for c in result]
 
 
-def _check(moments: Moments, computed: Sequence[int], k: int, share: float) -> FittedCheck:
+def _check(moments: Moments, computed: Sequence[int], k: int, share: float, scale: float) -> FittedCheck:
     step, read = computed[k], list(reversed(computed[max(0, k - SOURCES) : k]))
     coefficients = solve(moments.plain.numpy(), read, step, RIDGE).tolist()
     deviation = torch.zeros(len(moments.plain), dtype=torch.float64)
     deviation[step] = 1.0
     deviation[read] -= torch.tensor(coefficients, dtype=torch.float64)
     square = float(deviation @ moments.effective @ deviation)
-    return FittedCheck(step, tuple(read), tuple(coefficients), math.sqrt(max(square, 1e-30)), share)
+    return FittedCheck(step, tuple(read), tuple(coefficients), math.sqrt(max(square * scale, 1e-30)), share)
 
 
-def lanes_of(rows: int, final_rows: int, mixing: torch.Tensor) -> tuple[float, ...]:
-    """How the rows of a call are combined for one image, by the rows of the recorded call; ``(1.0,)`` if each is one."""
-    if final_rows < 1 or rows <= final_rows or rows % final_rows:
-        return (1.0,)
-    return tuple(float(x) for x in mixing[::final_rows, 0])
+def lanes_of(mixing: torch.Tensor) -> tuple[float, ...]:
+    """How the rows of a call are combined for one image, lane by lane.
+
+    Args:
+        mixing: float64 ``[rows, final rows]`` of the recorded call, see ``Response``. The rows of one lane follow each other.
+    """
+    column = mixing[:, 0]
+    found = (column.abs() > NOTICED * column.abs().max()).nonzero().flatten().tolist()
+    rows, lanes = len(column), len(found)
+    if rows % lanes == 0 and found == list(range(0, rows, rows // lanes)):
+        return tuple(float(column[k]) for k in found)
+    return (float(column.norm()),)

@@ -111,6 +111,11 @@ class InstantLearner:
         return self.runs[0].num_steps
 
     @property
+    def scale(self) -> float:
+        """Mean square of the final samples, of which the moments are shares."""
+        return sum(m.scale for m in self._moments) / len(self._moments)
+
+    @property
     def moments(self) -> Moments:
         """Of all runs."""
         return together(self._moments, FORGETTING)
