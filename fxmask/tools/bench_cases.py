@@ -78,10 +78,10 @@ def _make(case: str, given: dict[str, Any]) -> Any:
     if ":" not in case and (Path(case).is_dir() or case.count("/") == 1):
         return _pretrained(case, device, dtype)
     with built_on(CPU, dtype):  # a function may draw numbers with a generator of its own, which is the CPU's
-        return _from_code(case, given)
+        return from_code(case, given)
 
 
-def _from_code(case: str, given: dict[str, Any]) -> Any:
+def from_code(case: str, given: dict[str, Any]) -> Any:
     """What the function of a file or a module returns."""
     place, _, name = case.rpartition(":")
     try:

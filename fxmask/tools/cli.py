@@ -10,6 +10,7 @@ from fxmask.errors import FxmaskError
 from fxmask.frontend.capture import capture
 from fxmask.tools.bench_cases import load_case
 from fxmask.tools.bench_command import add_bench, run_bench
+from fxmask.tools.break_even import add_break_even, run_break_even
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17,6 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fxmask", description="A compiler for the sampling loop of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     add_bench(commands)
+    add_break_even(commands)
     summary = commands.add_parser("summary", help="show the blocks of a denoiser")
     summary.add_argument("model", metavar="MODEL")
     return parser
@@ -26,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = make_parser().parse_args(arguments)
     try:
-        return run_bench(options) if options.command == "bench" else _summary(options)
+        run = {"bench": run_bench, "break-even": run_break_even, "summary": _summary}[options.command]
+        return run(options)
     except FxmaskError as error:
         sys.stderr.write(f"fxmask: {error}\n")
         return 2
