@@ -447,6 +447,8 @@ class AcceleratedModel(torch.nn.Module):
         )
 
     def __reduce__(self) -> Any:
+        if self._fxmask.variants is None:
+            return AcceleratedModel.without_plan, (self.original,)
         program = self.program
         arguments = (self.original, program.example.arguments, given_roles(program), self.plan.source, self.plan.start)
         return _restore, (*arguments, *self._fxmask.planned.elsewhere, self._fxmask.facts)

@@ -109,9 +109,25 @@ def _class_of(cls: type) -> type:
             functools.update_wrapper(bound, own.__get__(self))
             return session.call(self, bound, args, kwargs)
 
-        names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        def reduce(self: Any, protocol: Any) -> Any:
+            """Copies are of the original class: their denoiser has the plan that was used last, and nobody records."""
+            return _plain_copy, (cls, {name: value for name, value in vars(self).items() if name != SESSION})
+
+        names = {
+            "__call__": call,
+            "__reduce_ex__": reduce,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        }
         _CLASSES[cls] = type(cls.__name__, (cls,), names)
     return _CLASSES[cls]
+
+
+def _plain_copy(cls: type, state: dict[str, Any]) -> Any:
+    made = object.__new__(cls)
+    made.__dict__.update(state)
+    return made
 
 
 def accelerated_of(pipe: Any) -> AcceleratedModel:

@@ -51,6 +51,7 @@ from fxmask.settings.passing import record_in_passing
 
 logger = logging.getLogger(__name__)
 MOST_SETTINGS = 16  # that are kept, those used last
+MOST_RECORDED = 4  # of these, with recorded runs, if all have plans
 KEPT_RUNS = 8  # recorded runs that are kept of each setting, the latest
 SHARE = 8  # of free memory, one part in so many may hold recorded runs, if nothing else was asked for
 TIMES = 32  # calls whose seconds are remembered
@@ -245,11 +246,19 @@ class Session:
                     self._refuse(known, setting, run)
                 return result
             known.runs.append(run)
+            self._forget_runs()
             if len(known.runs) > 1:
                 self._fit_again(setting, known)
         if self.background:
             self._start_worker()
         return result
+
+    def _forget_runs(self) -> None:
+        """Recorded runs take memory: they are kept of the settings that were used last, and until there is a plan."""
+        recorded = [known for known in self.settings.values() if known.runs]
+        for known in recorded[:-MOST_RECORDED]:
+            if known.mask is not None:
+                known.runs.clear()
 
     def _room(self, known: Known) -> int:
         """Bytes that a recorded run may hold."""

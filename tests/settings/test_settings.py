@@ -354,3 +354,31 @@ def test_estimates_are_larger_for_what_the_plan_does_not_suit() -> None:
             x.mul_(1.3)
     images(pipe, call, 1)
     assert max(pipe.unet.report().runs[-1].error) > usual
+
+
+def test_copies_are_of_the_original_class(tmp_path: Any) -> None:
+    import copy
+    import pickle
+
+    pipe, call = small()
+    before = type(pipe)
+    accelerated(pipe)
+    again = copy.deepcopy(pipe)  # without a plan yet
+    assert type(again) is before
+    assert torch.equal(images(again, call, 0), images(pipe, call, 0))
+    made = images(pipe, call, 1)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert type(other) is before
+        assert torch.equal(images(other, call, 1), made)
+    pipe.save_pretrained(tmp_path)
+    assert "AcceleratedModel" not in (tmp_path / "model_index.json").read_text()
+
+
+def test_recorded_runs_are_kept_of_few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MOST_RECORDED", 1)
+    pipe, call = small()
+    accelerated(pipe)
+    for steps in (4, 5, 4, 5, 6):
+        images(pipe, call, num_inference_steps=steps)
+    kept = {dict(s.arguments)["num_inference_steps"]: len(k.runs) for s, k in session_of(pipe).settings.items()}
+    assert kept == {4: 0, 5: 0, 6: 1}
