@@ -240,7 +240,7 @@ class Measured:
             return student.score(student.rollout(candidate.schedule, mean))
 
         key = f"{schedule_key(candidate.schedule)}{_listed(mean)}"
-        scores = [self._get(f"{name} {key}", lambda s=s: roll(s), s) for name, s in self._students()]
+        scores = [self._get(f"{name} {key}", functools.partial(roll, s), s) for name, s in self._students()]
         return mean if self.of_all(*scores) <= bound + WORSE else candidate.coefficients
 
     def _students(self) -> list[tuple[str, Student]]:
@@ -262,7 +262,7 @@ class Measured:
             return student.score_of([run.with_steps(student.program.model, steps) for run in runs])
 
         scores = [
-            self._get(f"{steps} steps, {name}", lambda s=s, runs=runs: sample(s, runs), s)
+            self._get(f"{steps} steps, {name}", functools.partial(sample, s, runs), s)
             for runs, (name, s) in zip(changing, students, strict=True)
         ]
         return self.of_all(*scores) if everywhere else scores[0]
