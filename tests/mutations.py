@@ -629,6 +629,27 @@ MUTATIONS = [
     ),
     # Learning
     Mutation(
+        "search: instant plans are no candidates",
+        "fxmask/learning/search.py",
+        "        self._propose_instant(pool, budget)\n",
+        "",
+        ("learning/test_few_images.py",),
+    ),
+    Mutation(
+        "choice: the best of few images is taken as it is",
+        "fxmask/learning/choice.py",
+        "alike = [best, *filter(is_as_good, range(len(columns)))]",
+        "alike = [best]",
+        ("learning/test_choice.py",),
+    ),
+    Mutation(
+        "pipelines: another denoiser's steps can be changed",
+        "fxmask/sampling/pipeline_listener.py",
+        "return first and self._count == self.num_scheduler_steps",
+        "return first",
+        ("sampling/test_pipeline_trajectory.py::test_one_of_two_denoisers_cannot_change_its_steps",),
+    ),
+    Mutation(
         "search: recorded runs may differ",
         "fxmask/learning/search.py",
         "    for n, other in enumerate(trajectories):\n",
