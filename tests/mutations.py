@@ -235,8 +235,8 @@ MUTATIONS = [
     Mutation(
         "runtime: a failed step counts as done",
         "fxmask/runtime/generation.py",
-        "        lane.position = None\n        with variant",
-        "        lane.position = step + 1\n        with variant",
+        "        lane.position = None\n        if over",
+        "        lane.position = step + 1\n        if over",
         RUNTIME,
     ),
     Mutation(
@@ -595,9 +595,44 @@ MUTATIONS = [
     Mutation(
         "steady: the model is as it was",
         "fxmask/runtime/generation.py",
-        " or not variant.unchanged_in_step():\n            return None\n        if len",
-        ":\n            return None\n        if len",
+        " or not variant.unchanged_in_step():\n            return None\n        if self",
+        ":\n            return None\n        if self",
         ("runtime/test_steady.py", "guards/test_state.py"),
+    ),
+    Mutation(
+        "checks: a run that passes its bound goes on with its plan",
+        "fxmask/runtime/generation.py",
+        "        if not lane.is_over and lane.checks is not None and lane.checks.is_over():",
+        "        if False:",
+        ("runtime/test_checks.py",),
+    ),
+    Mutation(
+        "checks: predictions that were written to are read",
+        "fxmask/runtime/checks.py",
+        "        return kept is not None and version_of(kept[0]) == kept[1]",
+        "        return kept is not None",
+        ("runtime/test_checks.py",),
+    ),
+    Mutation(
+        "settings: what was refused draws other noise",
+        "fxmask/settings/passing.py",
+        "        draws.restore()\n",
+        "",
+        ("settings/test_settings.py::test_what_is_refused_in_the_middle_runs_again_with_the_same_noise",),
+    ),
+    Mutation(
+        "settings: a plan is used at every setting",
+        "fxmask/settings/key.py",
+        "            found[name] = value\n        elif name in SCHEDULES",
+        "            pass\n        elif name in SCHEDULES",
+        ("settings/test_settings.py::test_the_first_image_of_every_setting_is_the_same",),
+    ),
+    Mutation(
+        "instant: errors of neighbours are added as if they were independent",
+        "fxmask/learning/instant/fitting.py",
+        "            total = np.cumsum(moved, axis=0)",
+        "            total = moved",
+        ("learning/test_instant.py",),
     ),
     Mutation(
         "generation: conditioning that is new is not checked",

@@ -87,7 +87,7 @@ def bind(function: Any, call: ast.Call, where: str) -> None:
         raise AssertionError(f"{where}: {ast.unparse(call)}: {error}") from error
 
 
-def test_the_pipeline_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pipeline_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same lines, with a tiny pipeline in place of the one on the hub, few steps, and no compiler."""
     diffusers = pytest.importorskip("diffusers")
     pipelines = pytest.importorskip("pipelines")
@@ -95,14 +95,16 @@ def test_the_pipeline_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(pipe, "to", lambda device: pipe)
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda name, torch_dtype: pipe)
-    monkeypatch.setattr(fxmask, "compile", functools.partial(fxmask.compile, backend="eager"))
+    monkeypatch.setattr(fxmask, "accelerate", functools.partial(fxmask.accelerate, backend="eager", progress=False))
+    monkeypatch.chdir(tmp_path)
     first = blocks_of(README)[0]
     original = pipe.unet
     scope: dict[str, Any] = {"__name__": "page"}
     exec(first._replace(code=first.code.replace("steps=30", "steps=4")).compiled(), scope)
-    assert scope["image"].size == (16, 16)
-    assert scope["accelerated"].original is original
-    assert pipe.unet is scope["accelerated"]
+    assert scope["pipe"] is pipe
+    assert pipe.unet.original is original
+    assert pipe.unet.report().account.images == 1
+    assert (tmp_path / "plans" / "settings.json").exists()
 
 
 def test_every_mark_belongs_to_a_block() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ddim, tiny_dit
+from conftest import ddim, tiny_dit, tiny_unet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipelines import PIPELINES, Vae, generator, small_stable_diffusion
@@ -382,3 +382,31 @@ def test_recorded_runs_are_kept_of_few_settings(monkeypatch: pytest.MonkeyPatch)
         images(pipe, call, num_inference_steps=steps)
     kept = {dict(s.arguments)["num_inference_steps"]: len(k.runs) for s, k in session_of(pipe).settings.items()}
     assert kept == {4: 0, 5: 0, 6: 1}
+
+
+class TwoDenoisers:
+    """A pipeline that calls another denoiser at every second step, which is refused in the middle of a run."""
+
+    def __init__(self) -> None:
+        self.unet, self.other, self.scheduler = tiny_unet(), tiny_unet(act_fn="gelu"), ddim()
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int = 4, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(1, 1, 8, 8, generator=generator)
+        for k, t in enumerate(self.scheduler.timesteps):
+            model = self.other if k % 2 else self.unet
+            x = self.scheduler.step(model(x, t).sample + 0.01 * torch.randn(1, 1, 8, 8), t, x).prev_sample
+        return {"images": x}
+
+
+def test_what_is_refused_in_the_middle_runs_again_with_the_same_noise() -> None:
+    pipe = TwoDenoisers()
+    torch.manual_seed(3)
+    plain = images(pipe, {}, 0)
+    following = torch.randn(3)
+    accelerated(pipe)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="uses more than one denoiser"):
+        assert torch.equal(images(pipe, {}, 0), plain)
+    assert torch.equal(torch.randn(3), following)
