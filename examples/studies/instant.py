@@ -242,7 +242,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 lead_text = f"+{lead:.1f}" if lead >= 6 else f"**{lead:+.1f}**"
                 beside_text = f"{beside:+.1f}" if beside >= -0.3 else f"**{beside:+.1f}**"
                 lines.append(
-                    f"| {Cell(**result['cell']).name} | {result['images']} | {row['asked']:g}x | {row['steps']} | "
+                    f"| {_named(result)} | {result['images']} | {row['asked']:g}x | {row['steps']} | "
                     f"{row['instant']:.1f} | {row['fewer']:.1f} | {lead_text} | {row['plain']:.1f} | {beside_text} | "
                     f"{row['seconds']:.1f} |"
                 )
@@ -261,10 +261,15 @@ def table(results: list[dict[str, Any]]) -> str:
                 text = f"+{lead:.1f}" if lead >= 0 else f"**{lead:+.1f}**"
                 cells = " | ".join("" if x is None else f"{x:.1f}" for x in rivals)
                 lines.append(
-                    f"| {Cell(**result['cell']).name} | {result['images']} | {row['asked']:g}x | {row['ratio']:.2f}x | "
+                    f"| {_named(result)} | {result['images']} | {row['asked']:g}x | {row['ratio']:.2f}x | "
                     f"{row['instant']:.1f} | {cells} | {text} | {row['plain']:.1f} | {row['seconds']:.1f} |"
                 )
     return "\n".join(lines) + "\n"
+
+
+def _named(result: dict[str, Any]) -> str:
+    """The cell, marked if it was measured on a GPU, with the choice among plans as it was before its last tuning."""
+    return Cell(**result["cell"]).name + (" *" if "revision" in result else "")
 
 
 COLUMNS = ("asked", "full steps", "instant", "fewer steps", "lead", "plain fit", "beside it", "seconds to fit")
@@ -285,7 +290,9 @@ HEAD = """# Plans from one image
 plan is fitted on that alone (`effort="instant"`). PSNR in dB of final samples against the full sampler's from the same noise,
 mean over fresh images with other prompts. Bold: less than 6 dB over fewer steps; more than 0.3 dB below the plain fit (the
 last three predictions, evenly or bent, whichever turned out better, which nobody knows beforehand); or below fixed reuse.
-"Seconds to fit" choose steps, sources and coefficients, on one thread."""
+"Seconds to fit" choose steps, sources and coefficients, on one thread of a shared machine. A star: measured on an H200
+with how plans are chosen as it was before its last change (see `HANDICAP`, `DOUBTS` and `FEEDBACK`), which gained 0 to 5 dB
+in most cells that were measured again."""
 
 
 def main() -> None:
