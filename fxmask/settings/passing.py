@@ -51,7 +51,8 @@ class _RandomState:
     def __init__(self, generators: list[torch.Generator]) -> None:
         self._own = [(g, g.get_state()) for g in generators]
         self._host = torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._devices = torch.cuda.get_rng_state_all() if used else None
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _RandomState:
