@@ -67,6 +67,7 @@ class ReplayingExecutor(Executor):
     def __init__(self, plan: Plan, graphs: GraphStore, capturer: Capturer) -> None:
         super().__init__(plan, graphs)
         self._capturer = capturer
+        self._owner = object()  # of memory: plans of several settings share a store of graphs, and have other buffers
         self._device = self.program.example.sample.device
         module = self.program.graph_module
         held = [attribute(module, node) for node in module.graph.find_nodes(op="get_attr")]
@@ -82,7 +83,7 @@ class ReplayingExecutor(Executor):
             return super().begin(tensors)
         with self._capturer.ordered(self._device):
             try:
-                lease = before if isinstance(before, Lease) else self.graphs.memories.lend(self.plan.start, self._memory)
+                lease = before if isinstance(before, Lease) else self.graphs.memories.lend(self._owner, self._memory)
             except torch.OutOfMemoryError as error:
                 self._give_up(error)
                 return super().begin(tensors)

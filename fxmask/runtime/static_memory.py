@@ -193,16 +193,16 @@ class Memories:
     """The static memory of one form of call, lent to runs."""
 
     def __init__(self) -> None:
-        self._free: list[tuple[int, StaticMemory]] = []  # the step that its plan starts at; the one used last comes last
+        self._free: list[tuple[object, StaticMemory]] = []  # whose it is; the one used last comes last
         self._lent = 0
         self._lock = threading.RLock()  # a lease may be collected, and give its memory back, inside
 
-    def lend(self, start: int, make: Callable[[], StaticMemory]) -> Lease | None:
-        """Memory for a run of the plan that starts at ``start``; ``None`` if too many have some."""
+    def lend(self, owner: object, make: Callable[[], StaticMemory]) -> Lease | None:
+        """Memory for a run of the plan that ``owner`` stands for; ``None`` if too many have some."""
         with self._lock:
             if self._lent >= MOST_RUNS:
                 return None
-            own = [k for k, (other, _) in enumerate(self._free) if other == start]
+            own = [k for k, (other, _) in enumerate(self._free) if other is owner]
             if own:
                 memory = self._free.pop(own[-1])[1]
             else:
@@ -215,7 +215,7 @@ class Memories:
             with self._lock:
                 returned.held = []
                 self._lent -= 1
-                self._free.append((start, returned))
+                self._free.append((owner, returned))
 
         return Lease(memory, give_back)
 

@@ -64,7 +64,7 @@ class Variant:
         self.state = program.state
         self.device_type = program.example.sample.device.type
         self.timetable = Timetable(mask.timesteps)
-        self.graphs = graphs or GraphStore(program, backend, mode, compiler)
+        self.graphs = graphs if graphs is not None else GraphStore(program, backend, mode, compiler)
         changing = {k for k, name in enumerate(program.inputs) if program.roles[name] != "conditioning"}
         self._assumptions = program.assumptions
         self._step_assumptions = program.assumptions and program.assumptions.of_inputs(changing)
@@ -139,7 +139,7 @@ class Variants:
         self.mode = mode
         self.loaded = compiler is not None
         self.warn = Warner()
-        self.history = history or History()
+        self.history = history if history is not None else History()
         self.checks = checks
         self._relatives = relatives
         self._model = program.model

@@ -15,6 +15,7 @@ from fxmask.backends import BACKENDS, Backend
 from fxmask.backends.eager import Eager
 from fxmask.runtime.replay import ReplayingExecutor
 from fxmask.runtime.static_memory import MOST_RUNS
+from fxmask.runtime.variants import Variants
 
 
 @pytest.fixture
@@ -105,6 +106,27 @@ def test_each_run_in_progress_has_memory_of_its_own(tiny, with_table):
     for calls, want in zip(runs, expected, strict=True):  # memory was given back when the runs ended
         assert same(run(accelerated, calls), want, exact=False)
     assert with_table.recorded == recorded
+
+
+def test_plans_that_share_graphs_have_memory_of_their_own(tiny, with_table):
+    """As plans of several settings do, one after the other and by turns."""
+    masks = [every_other(tiny), forecasting(tiny)]
+    model = accelerated_on(tiny, masks[0])
+    first = model._fxmask.planned
+    other = Variants(tiny, fxmask.rectify(tiny, masks[1]), "recorded", None, relatives=[first])
+    assert other.first.graphs is first.first.graphs
+    runs = [make_calls(seed=seed) for seed in (0, 1)]
+    expected = [[fxmask.reference.run(tiny, mask, calls) for calls in runs] for mask in masks]
+    for _ in range(2):
+        for variants, wants in zip((first, other), expected, strict=True):
+            for calls, want in zip(runs, wants, strict=True):
+                with model.generation_of(variants), torch.no_grad():
+                    assert same([model(**call) for call in calls], want, exact=False)
+    generations = [model.generation_of(variants) for variants in (first, other)]
+    for step in range(len(TIMESTEPS)):
+        for generation, wants in zip(generations, expected, strict=True):
+            with generation, torch.no_grad():
+                assert torch.allclose(model(**runs[0][step]), wants[0][step], atol=1e-5)
 
 
 @pytest.fixture(scope="module")
