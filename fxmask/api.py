@@ -335,8 +335,9 @@ def learn(
 
     Args:
         program: the captured denoiser.
-        calls: recorded sampling runs. Of several, the last quarter is kept for the final comparison; of one alone, runs
-            with fresh noise are recorded for it.
+        calls: recorded sampling runs. Of 16 images and more the last quarter of the runs is kept for the final comparison; of
+            fewer, half of them, and both halves judge what the other one gave; of one run alone, runs with fresh noise are
+            recorded for it. With ``effort="instant"`` all of them are fitted.
         speedup: ratio of total MACs, e.g. 2.0, which is also the default outcome.
         macs: or the fraction of the full MACs to keep.
         max_error: or the largest relative L2 error of the final samples, on held-out noise. If nothing that saves MACs keeps
