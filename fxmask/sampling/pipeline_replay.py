@@ -78,6 +78,8 @@ class _Closed(BaseException):
 class PipelineReplay:
     """A recorded pipeline call, running again in a thread of its own, in strict alternation with whoever holds this.
 
+    If it is ``idle``, nobody reads the denoiser's calls: what other components (ControlNets) make for them is made once only.
+
     A thread, because the pipeline must stop in the middle of each denoiser call; of its own, because grad mode, autocast and
     the tape of random draws are settings of a thread.
     """
@@ -89,6 +91,7 @@ class PipelineReplay:
         component: str,
         roles: Mapping[str, str],
         device: torch.device,
+        idle: bool = False,
     ) -> None:
         self._run = run
         self._component = component
@@ -98,6 +101,7 @@ class PipelineReplay:
         self._played: dict[tuple[str, str], deque[PlayedCall]] = {}
         for played in self._run.prologue:
             self._played.setdefault((played.component, played.method), deque()).append(played)
+        self._idle: dict[tuple[str, str], Any] | None = {} if idle else None
         self._calls = self._steps = 0
         self._stepping: Any = None
         self._final: torch.Tensor | None = None
@@ -163,7 +167,7 @@ class PipelineReplay:
             played = waiting.popleft() if waiting and not self._calls else None
             if played is not None and same_tree(played.given, (args, kwargs)):
                 return copy.deepcopy(played.output)
-            return entry.original(*args, **kwargs)
+            return self._beside(entry, args, kwargs)
         if self._calls >= len(self._run.answers):
             raise SchedulerError(f"the pipeline calls {entry.component!r} more often than when it was recorded")
         answer = self._run.answers[self._calls]
@@ -173,6 +177,15 @@ class PipelineReplay:
         if prediction is None:
             raise _Closed
         return answer.rebuild([prediction.detach().clone(), *(x.clone() for x in answer.rest)])
+
+    def _beside(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run another component; in an idle replay once, and then what it returned stands for what it would return."""
+        if self._idle is None or not self._calls:
+            return entry.original(*args, **kwargs)
+        key = entry.component, entry.method
+        if key not in self._idle:
+            self._idle[key] = entry.original(*args, **kwargs)
+        return copy.deepcopy(self._idle[key])
 
     def _own(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call with copies of what the pipeline may change later. Conditioning stays the same tensors."""

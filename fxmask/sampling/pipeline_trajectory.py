@@ -121,7 +121,14 @@ class PipelineTrajectory(Recording):
 
         Closing it early ends the pipeline; an exception inside the pipeline is raised here.
         """
-        replay = PipelineReplay(self.run, self.denoiser, self.component, self.roles, self.initial_noise.device)
+        return self._loop(idle=False)
+
+    def idle_loop(self) -> Loop:
+        """The same for whoever sends predictions without reading the calls; ControlNets and their like do not run for each."""
+        return self._loop(idle=True)
+
+    def _loop(self, idle: bool) -> Loop:
+        replay = PipelineReplay(self.run, self.denoiser, self.component, self.roles, self.initial_noise.device, idle)
         try:
             handed = replay.start()
             while isinstance(handed, dict):

@@ -33,7 +33,6 @@ from fxmask.ir.program import Program
 from fxmask.learning.effort import Limits
 from fxmask.learning.instant.checks import fitted_checks, lanes_of
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
-from fxmask.learning.instant.response import response_of
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.room import free_bytes
 from fxmask.passes.rectify import rectify
@@ -470,6 +469,6 @@ def checks_of(learner: InstantLearner, plan: InstantPlan, max_error: float | Non
         return None
     run = learner.runs[-1]
     alone = len(run.outputs[0]) == 1  # lanes that are called one by one are checked one by one
-    lanes = lanes_of(response_of(run).mixing) if alone else (1.0,)
+    lanes = lanes_of(learner.responses[-1].mixing) if alone else (1.0,)
     by_step = {c.step: Check(c.sources, c.coefficients, c.expected, c.share) for c in found}
     return Checks(by_step, plan.error, lanes, max_error)

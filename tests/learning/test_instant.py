@@ -217,3 +217,21 @@ def test_pipelines_of_many_kinds_are_planned(name: str) -> None:
     _, _, trajectory = record(name)
     plan = InstantLearner([trajectory]).plans(max(2, trajectory.num_steps // 2))[0]
     assert math.isfinite(plan.decibels)
+
+
+def test_control_nets_do_not_run_for_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _, trajectory = record("control_net")
+    counted = [0]
+    forward = type(pipe.controlnet).forward
+
+    def count(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        counted[0] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.controlnet), "forward", count)
+    plan = InstantLearner([trajectory]).plans(2)[0]
+    errors = replayed_errors(trajectory, plan.terms)
+    one = counted[0]
+    assert torch.equal(replayed_errors(trajectory, plan.terms), errors)
+    assert counted[0] == one + 1  # once, for all its steps
+    assert torch.equal(final_of(trajectory, [x[0] for x in trajectory.outputs]), trajectory.final)

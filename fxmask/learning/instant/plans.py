@@ -23,7 +23,7 @@ from fxmask.learning.costs import StepCosts
 from fxmask.learning.effort import Limits
 from fxmask.learning.instant.fitting import BENDS, Placement, Rule, deviation_of, fitted, heeded, spaced
 from fxmask.learning.instant.moments import FORGETTING, Moments, together
-from fxmask.learning.instant.response import replayed, sampled_part
+from fxmask.learning.instant.response import replayed, response_of, sampled_part
 from fxmask.learning.outcome import TOLERANCE, Outcome
 from fxmask.learning.schedule import Origin, Schedule, Terms
 from fxmask.passes.rectify import rectify
@@ -90,6 +90,10 @@ class InstantLearner:
     Args:
         runs: recorded, of one sampler and number of steps.
 
+    Attributes:
+        runs: these.
+        responses: of their samplers.
+
     Raises:
         InputError: there are none, or they do not belong together.
     """
@@ -102,7 +106,8 @@ class InstantLearner:
         for run in runs:
             _refuse_changing(run)
         self.runs = list(runs)
-        self._moments = [Moments.of(run) for run in runs]
+        self.responses = [response_of(run) for run in runs]
+        self._moments = [Moments.of(run, response) for run, response in zip(runs, self.responses, strict=True)]
         self._placements: dict[Rule, Placement] = {}
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxmask.sampling.sampler import Sampler
+from fxmask.sampling.sampler import Loop, Sampler
 
 NUDGE = 0.05  # of the root mean square of a prediction
 REPEATS = 3  # replays at most; fewer where there are many elements
@@ -42,7 +42,7 @@ class Response:
 
 def replayed(run: Sampler, outputs: list[torch.Tensor]) -> torch.Tensor:
     """The final samples with these predictions, one for every call in order, whatever the calls are."""
-    loop = run.loop()
+    loop: Loop = getattr(run, "idle_loop", run.loop)()
     try:
         next(loop)
         for output in outputs:
