@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from fxmask.learning.prices import measure_latency, per_step
 from fxmask.learning.ranks import Group
 from fxmask.learning.room import Room
 from fxmask.learning.search import Search
+from fxmask.learning.student import output_blocks
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.compare_steps import compare_steps
@@ -50,6 +53,7 @@ from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan
 
+logger = logging.getLogger(__name__)
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
 EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
@@ -117,7 +121,8 @@ def accelerate(
         effort: ``"instant"`` (none but the recorded run), ``"quick"`` or ``"default"``: how many sampling runs learning may
             take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
-        checkpoint: a file that keeps what learning has measured; the same call goes on from it.
+        checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
+            ``"instant"``.
         backend: ``"auto"`` (Inductor, the compiler of torch.compile; steps are replayed as CUDA graphs where the model is on an
             NVIDIA GPU), ``"inductor"`` (never replayed), ``"cudagraph"`` (an error where nothing can be replayed),
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
@@ -164,22 +169,28 @@ def accelerate(
     if learner == "paper" and effort == "instant":
         effort = "default"  # it has one, of its own
     # 1. record
-    trajectories = [
-        record(
-            model,
-            scheduler,
-            num_inference_steps=num_inference_steps,
-            batch_size=RECORDED_BATCH,
-            example_inputs=example_inputs,
-            step_kwargs=step_kwargs,
-            scheduler_kwargs=scheduler_kwargs,
-            seed=s,
-        )
-        for s in tqdm(_seeds(seed, mask, learner, effort), desc="recording", unit="run", disable=not progress)
-    ]
+    recorded = functools.partial(
+        record,
+        model,
+        scheduler,
+        num_inference_steps=num_inference_steps,
+        batch_size=RECORDED_BATCH,
+        example_inputs=example_inputs,
+        step_kwargs=step_kwargs,
+        scheduler_kwargs=scheduler_kwargs,
+    )
+    seeds = _seeds(seed, mask, learner, effort)
+    trajectories = [recorded(seed=s) for s in tqdm(seeds, desc="recording", unit="run", disable=not progress)]
     first = trajectories[0]
     # 2. capture, and find the blocks
     program = capture(model, first.calls[0][0])
+    if mask is None and effort == "instant" and not output_blocks(program):
+        logger.warning(
+            "%s has no block that is its whole output, which effort='instant' forecasts; learning with effort='quick'",
+            type(model).__name__,
+        )
+        effort = "quick"
+        trajectories += [recorded(seed=s) for s in _seeds(seed, mask, learner, effort)[1:]]
     # 3. learn
     checks: Checks | None = None
     if mask is None and effort == "instant":
@@ -306,7 +317,7 @@ def _fit_at_once(
     prices = None
     if cost == "latency":
         prices = per_step(program, measure_latency(program, backend))
-    learner = InstantLearner(runs)
+    learner = InstantLearner(runs, program)
     plan = learner.best(outcome, formed_share(program, prices), keeper(program, runs[0], limits))
     return plan.mask(program, runs[0], sampler_facts(runs[0])), checks_of(learner, plan, outcome.max_error)
 

@@ -69,7 +69,7 @@ class RecordedPlans:
         shapes = {output.shape[1:] for run in runs for lanes in run.outputs for output in lanes}
         try:
             output_of(self._program)
-            return InstantLearner(runs) if len(shapes) == 1 else None
+            return InstantLearner(runs, self._program) if len(shapes) == 1 else None
         except InputError as error:
             logger.info("no plans are made of recorded runs alone: %s", error)
             return None

@@ -125,7 +125,7 @@ def _class_of(cls: type) -> type:
 
 
 def _plain_copy(cls: type, state: dict[str, Any]) -> Any:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     made.__dict__.update(state)
     return made
 

@@ -333,7 +333,7 @@ class Session:
         run: Any = known.runs[-1]
         program = self._capture(run)
         with self._spending("learning"):
-            learner = InstantLearner(list(known.runs))
+            learner = InstantLearner(list(known.runs), program)
             known.plan = learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits))
             known.facts = sampler_facts(run) or {}
             known.mask = known.plan.mask(program, run, known.facts or None)

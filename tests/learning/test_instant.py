@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import ddim, tiny_dit, tiny_unet
+from conftest import TinyTransformer, ddim, tiny_dit, tiny_unet
 from pipelines import PIPELINES, record
 
 import fxmask
@@ -235,3 +235,33 @@ def test_control_nets_do_not_run_for_every_replay(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(replayed_errors(trajectory, plan.terms), errors)
     assert counted[0] == one + 1  # once, for all its steps
     assert torch.equal(final_of(trajectory, [x[0] for x in trajectory.outputs]), trajectory.final)
+
+
+class TwoOutputs(torch.nn.Module):
+    """Its whole output is two values, of which one is no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TinyTransformer()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.inner(x, t)
+        return y, y.mean()
+
+
+def test_outputs_that_are_no_sample_read_none() -> None:
+    example = {"x": torch.randn(8, 6, 4)}
+    options = {"num_inference_steps": 6, "speedup": 1.5, "example_inputs": example, "backend": "eager", "progress": False}
+    accelerated = fxmask.accelerate(TwoOutputs().eval(), ddim(), **options)
+    assert accelerated.plan.mac_ratio == pytest.approx(1.5, rel=0.05)
+    sources = [s for terms in accelerated.plan.source.forecast.terms.values() for s, _ in terms]
+    assert all(isinstance(source, int) for source in sources)
+
+
+def test_without_an_output_block_more_is_learned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("fxmask.api.output_blocks", lambda program: ())
+    example = {"x": torch.randn(8, 6, 4)}
+    options = {"num_inference_steps": 6, "speedup": 1.5, "example_inputs": example, "backend": "eager", "progress": False}
+    accelerated = fxmask.accelerate(TinyTransformer().eval(), ddim(), **options)
+    assert "learning with effort='quick'" in caplog.text
+    assert accelerated.report().error is None

@@ -89,6 +89,7 @@ class InstantLearner:
 
     Args:
         runs: recorded, of one sampler and number of steps.
+        program: the captured denoiser; without it, it is taken that forecasts may read noisy samples.
 
     Attributes:
         runs: these.
@@ -98,7 +99,7 @@ class InstantLearner:
         InputError: there are none, or they do not belong together.
     """
 
-    def __init__(self, runs: Sequence[Sampler]) -> None:
+    def __init__(self, runs: Sequence[Sampler], program: Program | None = None) -> None:
         if not runs:
             raise InputError("a plan needs at least one recorded run")
         if any(run.timesteps != runs[0].timesteps for run in runs):
@@ -108,6 +109,7 @@ class InstantLearner:
         self.runs = list(runs)
         self.responses = [response_of(run) for run in runs]
         self._moments = [Moments.of(run, response) for run, response in zip(runs, self.responses, strict=True)]
+        self._reads_samples = self._moments[0].has_samples and (program is None or reads_samples(program))
         self._placements: dict[Rule, Placement] = {}
 
     @property
@@ -127,7 +129,7 @@ class InstantLearner:
 
     def rules(self, simplest: bool = False) -> list[Rule]:
         """What forecasts may read here; also the latest prediction alone, if the ``simplest`` step graphs are wanted."""
-        samples = (0, 2) if self._moments[0].has_samples else (0,)
+        samples = (0, 2) if self._reads_samples else (0,)
         found = [Rule(sources, s, ridge) for sources in (2, 3, 4) for s in samples for ridge in RIDGES]
         return [*found, Rule(1)] if simplest else found
 
@@ -255,6 +257,13 @@ def output_of(program: Program) -> str:
             "take effort='quick'"
         )
     return name
+
+
+def reads_samples(program: Program) -> bool:
+    """Whether the whole output is one value like the sample, so that a forecast of it may read samples."""
+    block = program.block(output_of(program))
+    value, sample = (program.node(b.values[0]).meta["val"] for b in (block, program.input_block))
+    return len(block.values) == 1 and value.shape == sample.shape and value.dtype == sample.dtype
 
 
 def formed_share(program: Program, prices: Mapping[str, float] | None = None) -> float:
