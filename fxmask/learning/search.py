@@ -66,6 +66,7 @@ CHEAP = 0.1  # of a step: levels that cost less may take turns at equal cost
 FAILURES = 60  # of local search in a row, after which it ends
 GAIN = 0.02  # dB: local search goes on from a neighbour that is better by this much
 NOTICED = 0.1  # dB: by so much fewer steps must be better to be mentioned
+JUDGING = 6.0  # units that are kept for judging few images by turns
 BISECTIONS = 6  # of the budget for an error
 
 Pool = list[Candidate]
@@ -166,7 +167,7 @@ class Search:
                     self._finalists(pool),
                     self.limits,
                     rounds=self.effort.rounds,
-                    ends=started + self.effort.units,
+                    ends=started + self.effort.units - (JUDGING if self.few else 0.0),
                     stochastic=self.stochastic,
                     crossed=self.crossed,
                 )

@@ -142,5 +142,5 @@ def test_accelerate_records_enough_for_every_rank(size, monkeypatch):
     monkeypatch.setattr(api, "capture", lambda *args, **kwargs: None)
     monkeypatch.setattr(api, "learn", learn)
     with pytest.raises(InterruptedError):
-        api.accelerate(torch.nn.Identity().eval(), None, progress=False)
+        api.accelerate(torch.nn.Identity().eval(), None, effort="default", progress=False)
     assert len(recorded) - len(recorded) // 4 >= size
