@@ -182,6 +182,7 @@ def main() -> int:
             path.write_text(json.dumps(data) + "\n", encoding="utf-8")
             accelerated = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
             accelerated.save(HERE / name)
+            (HERE / f"{name}-plan.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
             if name == PACKAGED:
                 accelerated.export(HERE / f"{name}-package")
         elif json.loads(path.read_text(encoding="utf-8")) != data:
