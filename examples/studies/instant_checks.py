@@ -124,6 +124,14 @@ together, by their worst image.
 """
 
 
+NOTES = """
+What is spent before the first check cannot be bounded: on the latent U-Net the first formed step alone stands for 41 % of
+the expected square error, so that computing nearly all of the rest changes little, and single images that go another way
+altogether (errors of 0.3 and more) are decided before it. On the DiT, where errors of unsuited runs grow over all steps,
+the bound takes the mean from 0.61 to 0.37. Other families were not measured.
+"""
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = []
@@ -137,7 +145,7 @@ def table(results: list[dict[str, Any]]) -> str:
         if len(result["kinds"]) > 1:
             both = result["together"]
             lines.append(f"| {result['family']}, both | | {both['correlation']:.2f} | {both['unweighted']:.2f} | | | | |")
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n" + NOTES
 
 
 def main() -> None:

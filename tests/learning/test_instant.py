@@ -94,6 +94,17 @@ def test_placement_is_the_best_of_all(run: fxmask.Trajectory) -> None:
     assert placement.best(10) == list(range(10))
 
 
+def test_errors_of_neighbouring_steps_are_added_before_they_are_squared(run: fxmask.Trajectory) -> None:
+    moments, rule = Moments.of(run), Rule(1)
+    costs = Placement(moments, rule)._costs
+    for j, k in ((0, 4), (3, 7), (6, 10)):
+        formed = range(j + 1, k)
+        terms = {i: x for i, x in fitted(moments, rule, sorted(set(range(10)) - set(formed))).items() if i in formed}
+        p = 10 if j == 0 else j - 1
+        error = moments.error(deviation_of(moments, terms)) * moments.scale
+        assert float(costs[p, j, k]) == pytest.approx(error, rel=1e-6)
+
+
 def test_plans_keep_to_what_was_asked(run: fxmask.Trajectory) -> None:
     learner = InstantLearner([run])
     for count in (1, 2, 5, 9, 10):
