@@ -165,6 +165,10 @@ def accelerate(
             progress=progress,
         )
     model = _denoiser(model)
+    for_pipelines = {"component": component is not None, "improve": improve is not None, "every": bool(every)}
+    named = [name for name, given in for_pipelines.items() if given]
+    if named:
+        raise InputError(f"{named} is for a pipeline, which is called again and again; leave it out for a model")
     get_backend(backend).capturer_for(module_device(model))
     if learner == "paper" and effort == "instant":
         effort = "default"  # it has one, of its own
@@ -193,7 +197,8 @@ def accelerate(
         trajectories += [recorded(seed=s) for s in _seeds(seed, mask, learner, effort)[1:]]
     # 3. learn
     checks: Checks | None = None
-    if mask is None and effort == "instant":
+    instant = mask is None and effort == "instant"
+    if instant:
         mask, checks = _fit_at_once(program, trajectories, outcome, Limits(max_graphs, max_cache_bytes), cost, backend)
     elif mask is None:
         mask = learn(
@@ -224,7 +229,7 @@ def accelerate(
     plan = rectify(program, mask)
     # 5. specialise and compile
     accelerated = AcceleratedModel(program, plan, backend, mode, facts=sampler_facts(first), checks=checks)
-    if checks is not None:
+    if instant:
         limits = Limits(max_graphs, max_cache_bytes)
         session = Session(accelerated, None, outcome, limits=limits, backend=backend, mode=mode, progress=progress)
         session.take_over(program, trajectories, mask, checks)

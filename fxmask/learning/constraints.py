@@ -63,9 +63,7 @@ def keeps_limits(student: Student, limits: Limits, schedule: Schedule, coefficie
         sources = [s for s, _ in coefficients[i, name]] if coefficients else student.sources(schedule, i, name)
         plain = len(sources) == 1 and (not coefficients or sources[0] == i)
         dummies[i, name] = tuple((s, 1.0 if plain else 0.5) for s in sources)
-    plan = rectify(student.deployed, student.mask(schedule, dummies))
-    graphs, cached = limits.max_graphs, limits.max_cache_bytes
-    return (graphs is None or plan.distinct_graphs <= graphs) and (cached is None or plan.peak_cache_bytes <= cached)
+    return limits.keeps(rectify(student.deployed, student.mask(schedule, dummies)))
 
 
 def _run_length(loads: Sequence[frozenset[str]], i: int) -> int:

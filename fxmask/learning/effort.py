@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxmask.errors import OutcomeError
+from fxmask.ir.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,8 @@ class Limits:
         for name, value in vars(self).items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OutcomeError(f"{name}={value!r} must be a whole number, at least 1")
+
+    def keeps(self, plan: Plan) -> bool:
+        """Whether a plan keeps to them."""
+        graphs, cached = self.max_graphs, self.max_cache_bytes
+        return (graphs is None or plan.distinct_graphs <= graphs) and (cached is None or plan.peak_cache_bytes <= cached)

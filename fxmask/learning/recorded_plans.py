@@ -77,7 +77,8 @@ class RecordedPlans:
     @functools.cached_property
     def _moments(self) -> tuple[Moments, Moments, Moments]:
         assert self._learner is not None
-        return InstantLearner(self._learned).moments, InstantLearner(self._held_out).moments, self._learner.moments
+        made = self._learner
+        return made.moments_of(self._learned), made.moments_of(self._held_out), made.moments
 
     def of_budget(self, budget: float, share: float, count: int) -> list[tuple[Schedule, Fits]]:
         """The likely best plans whose full steps come nearest to a budget, those just below it first.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fxmask._torch import version_of
+from fxmask.runtime.clock import on_its_way
 
 MOST_RATIO = 1e3  # of a measure to what was expected of it
 
@@ -120,7 +121,7 @@ class RunChecks:
         """Add to what the run has spent of its error, and have the sum copied to the host in the background."""
         ratio = (measure / max(check.expected, 1e-30)).square() * check.share
         self._spent = ratio if self._spent is None else self._spent + ratio
-        self._pending.append(_on_its_way(self._spent.max().reshape(1)))
+        self._pending.append(on_its_way(self._spent.max().reshape(1)))
 
     def is_over(self) -> bool:
         """Whether the error of some image is estimated to pass the bound, by what has arrived on the host; never waits."""
@@ -137,7 +138,7 @@ class RunChecks:
         if self.measures and self._sent is None:
             steps = sorted(self.measures)
             values = torch.stack([self.measures[k] for k in steps])
-            self._sent = steps, *_on_its_way(values)
+            self._sent = steps, *on_its_way(values)
 
     def arrived_error(self) -> tuple[float, ...] | None:
         """The same as ``error`` of a run that is over; ``None`` while its measures are on their way. Never waits."""
@@ -165,14 +166,3 @@ def estimated_error(checks: Checks, measures: Mapping[int, list[float]]) -> tupl
         ratios = [(shares[k], min(MOST_RATIO, x[n] / max(checks.by_step[k].expected, 1e-30))) for k, x in measures.items()]
         result.append(checks.error * math.sqrt(sum(share * ratio**2 for share, ratio in ratios) / total))
     return tuple(result)
-
-
-def _on_its_way(values: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """A copy on the host, and when it will be there; ``None`` if it is already."""
-    if not values.is_cuda:
-        return values, None
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(values.device))
-    return copy, event

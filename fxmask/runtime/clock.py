@@ -100,12 +100,12 @@ class Clock:
 
     def predict(self, timestep: torch.Tensor, expected: float) -> None:
         """Take ``timestep`` for ``expected`` now, and check it when its value has arrived on the host."""
-        self.pending.append(_Pending(expected, *_on_its_way(timestep.detach().reshape(-1)[:1])))
+        self.pending.append(_Pending(expected, *on_its_way(timestep.detach().reshape(-1)[:1])))
 
     def vouch(self, given: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
         """Take tensors for equal to others now, and check it when that has arrived on the host."""
         equal = torch.stack([(a == b).all() for a, b in zip(given, held, strict=True)]).all().reshape(1)
-        self.pending.append(_Pending(1.0, *_on_its_way(equal), is_timestep=False))
+        self.pending.append(_Pending(1.0, *on_its_way(equal), is_timestep=False))
 
     def wrong_prediction(self, tolerance: float) -> str | None:
         """What a call was taken for and was not, in words, or ``None``; never waits."""
@@ -120,14 +120,14 @@ class Clock:
         return None
 
 
-def _on_its_way(single: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """A copy ``[1]`` on the host, and when it will be there; ``None`` if it is already."""
-    if not single.is_cuda:
-        return single.to("cpu"), None
-    copy = torch.empty(1, dtype=single.dtype, pin_memory=True)
-    copy.copy_(single, non_blocking=True)
+def on_its_way(values: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A copy on the host, and when it will be there; ``None`` if it is already."""
+    if not values.is_cuda:
+        return values.to("cpu"), None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(single.device))
+    event.record(torch.cuda.current_stream(values.device))
     return copy, event
 
 

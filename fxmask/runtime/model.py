@@ -88,7 +88,7 @@ class _Private:
         if self.variants is None:
             raise InputError(
                 f"this {type(self.model).__name__} has no plan yet: the first call of its pipeline runs in full and is "
-                "recorded, and the second makes a plan of it. Call the pipeline twice, or pass effort='quick' to accelerate()"
+                "recorded, and the second makes a plan of it. Call the pipeline twice"
             )
         return self.variants
 

@@ -8,6 +8,7 @@ from fxmask.errors import InputError
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.effort import EFFORTS, Limits
+from fxmask.learning.instant.plans import SMALLEST, relative_squares
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.precision import exact, widened
 from fxmask.learning.room import Room
@@ -18,7 +19,6 @@ from fxmask.sampling.sampler import Sampler
 
 JUDGES = 4  # runs with fresh noise that masks are compared on
 BETTER = 0.1  # dB by which a mask must be better, and by more than its standard error
-SMALLEST = 1e-15
 
 
 def better_mask(
@@ -26,6 +26,7 @@ def better_mask(
     runs: list[Sampler],
     mask: Mask,
     outcome: Outcome,
+    limits: Limits,
     *,
     effort: str = "quick",
     seed: int = 0,
@@ -41,6 +42,7 @@ def better_mask(
         runs: recorded.
         mask: in use.
         outcome: that both are to meet.
+        limits: bounds on both.
         effort: ``"quick"`` or ``"default"``.
         seed: of everything random.
         progress: show a progress bar.
@@ -60,7 +62,7 @@ def better_mask(
             learned,
             trajectories,
             effort=EFFORTS[effort],
-            limits=Limits(),
+            limits=limits,
             seed=seed,
             progress=progress,
             backend=backend,
@@ -82,9 +84,5 @@ def better_mask(
 def decibels_on(program: Program, mask: Mask, runs: list[Sampler]) -> torch.Tensor:
     """Relative square errors in dB, float64 ``[N]``, of the final samples of all runs with a mask."""
     model = AcceleratedModel(program, rectify(program, mask), "eager")
-    found = []
-    for run in runs:
-        final = run.rollout(model)
-        squares = (final.double() - run.final.double()).square().flatten(1).mean(dim=1).cpu()
-        found.append(squares / run.final.double().square().mean().cpu().clamp_min(1e-30))
+    found = [relative_squares(run.rollout(model), run) for run in runs]
     return 10 * torch.cat(found).clamp_min(SMALLEST).log10()

@@ -42,14 +42,6 @@ class Setting:
         shown = [f"{name}={value}" for name, value in self.arguments if name in MAIN and value is not None]
         return ", ".join([*shown, json.loads(self.scheduler)["class"]])
 
-    def differences(self, other: Setting) -> list[str]:
-        """In what another setting differs, in words."""
-        ours, theirs = dict(self.arguments), dict(other.arguments)
-        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        found = [f"{name}: {ours.get(name)} and {theirs.get(name)}" for name in names]
-        found += ["scheduler"] if self.scheduler != other.scheduler else []
-        return found + (["adapters"] if self.adapters != other.adapters else [])
-
     def to_data(self) -> dict[str, Any]:
         """As JSON."""
         return {"arguments": [list(pair) for pair in self.arguments], "scheduler": self.scheduler, "adapters": self.adapters}

@@ -39,13 +39,10 @@ def save_settings(session: Session, folder: Path) -> None:
         InputError: none has.
         MaskError: the folder holds something else or cannot be written.
     """
-    program = session.program
-    planned = {setting: known for setting, known in session.settings.items() if known.mask is not None}
     for setting, known in session.settings.items():
         if known.mask is None and known.runs:
             session.plan(setting, known)
-            if known.mask is not None:
-                planned[setting] = known
+    planned = {setting: known for setting, known in session.settings.items() if known.mask is not None}
     program = session.program
     if program is None or not planned:
         raise InputError("no setting has a plan yet: the first call of the pipeline at a setting is recorded. Call it first")

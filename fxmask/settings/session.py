@@ -67,7 +67,6 @@ class Known:
 
     Attributes:
         runs: recorded.
-        outcome: that its plans are to meet.
         plan: of the recorded runs alone, if its plan is that one.
         mask: that is in use.
         checks: of its full steps.
@@ -247,7 +246,7 @@ class Session:
             known.runs.append(run)
             self._forget_runs()
             if len(known.runs) > 1:
-                self._fit_again(setting, known)
+                self._fit_again(known)
         if self.background:
             self._start_worker()
         return result
@@ -282,7 +281,7 @@ class Session:
         seconds = time.perf_counter() - began
         with self._lock:
             self._accelerated += bool(generation.matched)
-            if sum(len(v.graphs) for v in variants.known) == graphs and len(known.fast) + bool(known.full):
+            if sum(len(v.graphs) for v in variants.known) == graphs:
                 known.fast.append(seconds)
         return result
 
@@ -365,7 +364,7 @@ class Session:
             with self._spending("compiling"), torch.no_grad():
                 variants.executor().compile_all(progress=self.progress)
 
-    def _fit_again(self, setting: Setting, known: Known) -> None:
+    def _fit_again(self, known: Known) -> None:
         """The plan of the recorded runs alone, with one more run: least squares in which older runs are forgotten."""
         if known.plan is None or known.effort != "instant":
             return
@@ -417,8 +416,9 @@ class Session:
             list(known.runs),
             mask,
             self.outcome,
+            self.limits,
             effort=effort,
-            **{"progress": self.progress, "backend": self.backend, **options},
+            **{"max_learning_bytes": self._max_bytes, "progress": self.progress, "backend": self.backend, **options},
         )
         with self._lock:
             self._seconds["learning"] += time.perf_counter() - began
@@ -436,7 +436,7 @@ class Session:
                 self._worker.start()
 
     def _work(self) -> None:
-        """Improve settings whose recorded runs have doubled since their plan was made."""
+        """Improve the plans of settings with several recorded runs, each once."""
         for known in list(self.settings.values()):
             if known.variants is None or known.refused is not None or known.effort != "instant" or len(known.runs) < 2:
                 continue

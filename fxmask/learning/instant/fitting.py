@@ -51,11 +51,8 @@ def read_by(rule: Rule, computed: Sequence[int], step: int, steps: int) -> list[
 
 def solve(gram: np.ndarray, read: Sequence[int], step: int, ridge: float) -> np.ndarray:
     """Coefficients ``[n]`` of the values that are read, for the prediction of a step."""
-    at = np.asarray(read)
-    inner, prior = gram[np.ix_(at, at)], np.eye(len(at))[0]
-    shrunk = inner + (ridge * np.trace(inner) / len(at) + 1e-30) * np.eye(len(at))
-    moved: np.ndarray = prior + np.linalg.solve(shrunk, gram[at, step] - inner @ prior)
-    return moved
+    found: np.ndarray = _solve_all(gram, np.asarray(read)[None], np.asarray([step]), ridge)[0]
+    return found
 
 
 def _solve_all(gram: np.ndarray, read: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:

@@ -85,7 +85,7 @@ class InstantPlan:
 
 
 class InstantLearner:
-    """Fits plans on recorded runs of one sampler; runs may be added.
+    """Fits plans on recorded runs of one sampler.
 
     Args:
         runs: recorded, of one sampler and number of steps.
@@ -126,6 +126,11 @@ class InstantLearner:
     def moments(self) -> Moments:
         """Of all runs."""
         return together(self._moments, FORGETTING)
+
+    def moments_of(self, runs: Sequence[Sampler]) -> Moments:
+        """Of some runs, measured now where they are not among its own."""
+        known = {id(run): moments for run, moments in zip(self.runs, self._moments, strict=True)}
+        return together([known[id(run)] if id(run) in known else Moments.of(run) for run in runs], FORGETTING)
 
     def rules(self, simplest: bool = False) -> list[Rule]:
         """What forecasts may read here; also the latest prediction alone, if the ``simplest`` step graphs are wanted."""
@@ -184,14 +189,7 @@ class InstantLearner:
                 terms = fitted(others, plan.rule, plan.computed)
             errors.append(replayed_errors(run, terms))
         found = torch.cat(errors).clamp_min(SMALLEST)
-        return InstantPlan(
-            plan.computed,
-            plan.rule,
-            plan.terms,
-            plan.placed,
-            float(10 * found.log10().mean()),
-            float(found.mean().sqrt()),
-        )
+        return replace(plan, decibels=float(10 * found.log10().mean()), error=float(found.mean().sqrt()))
 
     def best(self, outcome: Outcome, share: float, keeps: Callable[[InstantPlan], bool] | None = None) -> InstantPlan:
         """The plan for an outcome.
@@ -280,13 +278,7 @@ def keeper(program: Program, run: Sampler, limits: Limits) -> Callable[[InstantP
     """Which plans keep to bounds of graphs and cached bytes; ``None`` if all do."""
     if limits == Limits():
         return None
-
-    def keeps(plan: InstantPlan) -> bool:
-        made = rectify(program, plan.mask(program, run, None))
-        graphs, cached = limits.max_graphs, limits.max_cache_bytes
-        return (graphs is None or made.distinct_graphs <= graphs) and (cached is None or made.peak_cache_bytes <= cached)
-
-    return keeps
+    return lambda plan: limits.keeps(rectify(program, plan.mask(program, run, None)))
 
 
 @torch.no_grad()
@@ -306,7 +298,11 @@ def replayed_errors(run: Sampler, terms: Mapping[int, tuple[list[int], list[floa
             total += c * value
         share = heeded(i, terms, run.num_steps)
         outputs.append((known + share * (total - known)).to(known.dtype))
-    final = replayed(run, outputs)
+    return relative_squares(replayed(run, outputs), run)
+
+
+def relative_squares(final: torch.Tensor, run: Sampler) -> torch.Tensor:
+    """Square errors float64 ``[B]`` of final samples, relative to the mean square of the run's own."""
     squares = (final.double() - run.final.double()).square().flatten(1).mean(dim=1).cpu()
     return squares / run.final.double().square().mean().cpu().clamp_min(1e-30)
 
