@@ -24,7 +24,8 @@ from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import ParetoPoint
 from fxmask.learning.effort import EFFORTS, Limits
-from fxmask.learning.instant.plans import InstantLearner, formed_share, keeper
+from fxmask.learning.instant.levels import ReuseErrors, ReusePlan, best_plan, probed, reuses_of
+from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.learner import learn_paper
 from fxmask.learning.paper.options import PaperOptions
@@ -318,12 +319,17 @@ def _accelerate_pipeline(
 def _fit_at_once(
     program: Program, runs: Sequence[Sampler], outcome: Outcome, limits: Limits, cost: str, backend: str
 ) -> tuple[Mask, Checks | None]:
-    """The plan of recorded runs alone."""
+    """The plan of recorded runs alone; where the sampler injects noise, and of a few further calls."""
     prices = None
     if cost == "latency":
         prices = per_step(program, measure_latency(program, backend))
     learner = InstantLearner(runs, program)
-    plan = learner.best(outcome, formed_share(program, prices), keeper(program, runs[0], limits))
+    share, keeps = formed_share(program, prices), keeper(program, runs[0], limits)
+    plan: InstantPlan | ReusePlan = learner.best(outcome, share, keeps)
+    reuses = reuses_of(program, outcome, prices) if runs[-1].stochastic else []
+    if reuses and isinstance(plan, InstantPlan) and len(plan.computed) < learner.steps:
+        errors = ReuseErrors(learner, probed(program, learner, plan, reuses), fresh=False)
+        plan = best_plan(learner, outcome, share, reuses, errors, keeps)
     return plan.mask(program, runs[0], sampler_facts(runs[0])), checks_of(learner, plan, outcome.max_error)
 
 

@@ -30,8 +30,10 @@ from fxmask.frontend.capture import capture
 from fxmask.frontend.modules import module_device
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
+from fxmask.ir.trial import Trial
 from fxmask.learning.effort import Limits
 from fxmask.learning.instant.checks import fitted_checks, lanes_of
+from fxmask.learning.instant.levels import ReuseErrors, ReusePlan, Squares, best_plan, reuses_of, trial_of
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.room import free_bytes
@@ -40,6 +42,7 @@ from fxmask.runtime.account import Account
 from fxmask.runtime.checks import Check, Checks
 from fxmask.runtime.history import History
 from fxmask.runtime.model import AcceleratedModel, given_roles
+from fxmask.runtime.trial import Findings
 from fxmask.runtime.variants import Variants
 from fxmask.sampling.pipeline_trajectory import INTERRUPTED, PipelineTrajectory
 from fxmask.sampling.same_sampler import sampler_facts
@@ -53,6 +56,7 @@ MOST_SETTINGS = 16  # that are kept, those used last
 MOST_RECORDED = 4  # of these, with recorded runs, if all have plans
 KEPT_RUNS = 8  # recorded runs that are kept of each setting, the latest
 SHARE = 8  # of free memory, one part in so many may hold recorded runs, if nothing else was asked for
+MOST_TRIALS = 3  # calls that may compare, if the first ones could not
 TIMES = 32  # calls whose seconds are remembered
 DRIFT = 3.0  # times the estimated error, in so many runs in a row, before a warning
 DRIFTING = 3
@@ -68,6 +72,10 @@ class Known:
     Attributes:
         runs: recorded.
         plan: of the recorded runs alone, if its plan is that one.
+        squares: errors of reused blocks and of forecasts, where they were compared.
+        trial: a mask that keeps what is to be compared in the next call, and what that is.
+        findings: of the trial that is in use.
+        trials: calls that compared.
         mask: that is in use.
         checks: of its full steps.
         variants: programs and plan; ``None`` until the second call.
@@ -81,7 +89,11 @@ class Known:
     """
 
     runs: deque[Sampler] = field(default_factory=lambda: deque(maxlen=KEPT_RUNS))
-    plan: InstantPlan | None = None
+    plan: InstantPlan | ReusePlan | None = None
+    squares: Squares = field(default_factory=dict)
+    trial: tuple[Mask, Trial] | None = None
+    findings: Findings | None = None
+    trials: int = 0
     mask: Mask | None = None
     checks: Checks | None = None
     variants: Variants | None = None
@@ -187,6 +199,8 @@ class Session:
                 return self._record(pipe, call, args, kwargs, setting, known)
             if known.variants is None:
                 self.plan(setting, known)
+            if known.findings is not None and known.trials:
+                self._conclude(known)
             known.calls += 1
             if known.variants is None or known.refused is not None:
                 return call(*args, **kwargs)
@@ -281,7 +295,9 @@ class Session:
         seconds = time.perf_counter() - began
         with self._lock:
             self._accelerated += bool(generation.matched)
-            if sum(len(v.graphs) for v in variants.known) == graphs:
+            if variants.findings is not None:
+                known.trials += 1
+            elif sum(len(v.graphs) for v in variants.known) == graphs:
                 known.fast.append(seconds)
         return result
 
@@ -333,34 +349,67 @@ class Session:
         program = self._capture(run)
         with self._spending("learning"):
             learner = InstantLearner(list(known.runs), program)
-            known.plan = learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits))
+            keeps = keeper(program, run, self.limits)
+            reuses = reuses_of(program, self.outcome) if run.stochastic else []
+            errors = ReuseErrors(learner, known.squares, fresh=True) if known.squares else None
+            known.plan = best_plan(learner, self.outcome, formed_share(program), reuses, errors, keeps)
             known.facts = sampler_facts(run) or {}
             known.mask = known.plan.mask(program, run, known.facts or None)
             known.checks = checks_of(learner, known.plan, self.outcome.max_error)
+            known.trial = None
+            if reuses and not known.trials and isinstance(known.plan, InstantPlan):
+                found = trial_of(program, learner, known.plan, reuses)
+                kept = found is not None and self.limits.keeps(rectify(program, found[0]))
+                known.trial = found if kept else None
+
+    def _conclude(self, known: Known) -> None:
+        """End a trial: whichever did better on the full steps of the last call is used from now on."""
+        with self._lock:
+            findings = known.findings
+            if findings is None or (not findings.squares and known.trials < MOST_TRIALS):
+                return
+            previous = findings.trial.previous
+            known.squares = {
+                name: {(step, previous[step]): square for step, square in found.items()}
+                for name, found in findings.read().items()
+            }
+            known.findings = known.trial = None
+            try:
+                self._fit(known)
+            except FxmaskError:
+                logger.debug("the plan stays as it is", exc_info=True)
+            self._use(known)
 
     def _use(self, known: Known) -> None:
-        """Put the mask of a setting to use, beside those of others."""
+        """Put the mask of a setting to use, beside those of others; the call of a trial is not worth compiling for."""
         program, mask = self.program, known.mask
         assert program is not None
         assert mask is not None
+        backend, mode = self.backend, self.mode
+        if known.trial is not None:
+            (mask, trial), backend, mode = known.trial, "eager", None
+            known.findings = Findings(trial)
         plan = rectify(program, mask)
         if known.variants in self._relatives:
             self._relatives.remove(known.variants)
         variants = Variants(
             program,
             plan,
-            self.backend,
-            self.mode,
+            backend,
+            mode,
             relatives=self._relatives,
             history=self._history,
             checks=known.checks,
+            findings=known.findings,
         )
+        if known.variants is not None:
+            variants.inherit(known.variants)
         self._relatives.append(variants)
         known.variants = variants
         if self.model._fxmask.variants is None or self._latest is known:
             self.model.adopt(variants, known.facts)
             self._latest = known
-        if not get_backend(self.backend).exact:
+        if not get_backend(backend).exact:
             with self._spending("compiling"), torch.no_grad():
                 variants.executor().compile_all(progress=self.progress)
 
@@ -426,6 +475,7 @@ class Session:
             if found is None:
                 return False
             known.mask, known.effort, known.checks = found, effort, None
+            known.trial = known.findings = None
             self._use(known)
         return True
 
@@ -462,8 +512,10 @@ class Session:
             )
 
 
-def checks_of(learner: InstantLearner, plan: InstantPlan, max_error: float | None) -> Checks | None:
+def checks_of(learner: InstantLearner, plan: InstantPlan | ReusePlan, max_error: float | None) -> Checks | None:
     """Checks of a plan's full steps, for the runtime."""
+    if isinstance(plan, ReusePlan):
+        plan = plan.as_forecasts(learner.moments)
     found = fitted_checks(learner, plan)
     if not found:
         return None
