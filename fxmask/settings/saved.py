@@ -24,8 +24,9 @@ from fxmask.runtime.checks import Check, Checks
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.settings.components import denoisers_of, original_of
 from fxmask.settings.key import Setting
+from fxmask.settings.known import Known
 from fxmask.settings.pipeline import install
-from fxmask.settings.session import Known, Session, joined
+from fxmask.settings.session import Session, joined
 from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan, save_mask
