@@ -63,6 +63,7 @@ class _Private:
         variants: the program of each form of call, and the plan.
         marks: the generations that are marked.
         lanes: the lane that is called.
+        aside: whether the original answers in this context.
         caller: who calls in this context. Contexts outlive models, so this is all that they keep.
         inferred: by caller, a generation that is inferred where none is marked.
         bind: puts calls into the form of ``program.signature``.
@@ -74,6 +75,7 @@ class _Private:
     variants: Variants | None
     marks: Marks[Generation]
     lanes: LaneName
+    aside: contextvars.ContextVar[bool]
     caller: contextvars.ContextVar[_Caller | None]
     inferred: weakref.WeakKeyDictionary[_Caller, InferredGeneration]
     bind: Rebinder | None
@@ -160,6 +162,7 @@ class AcceleratedModel(torch.nn.Module):
             variants=None,
             marks=Marks(),
             lanes=LaneName(),
+            aside=contextvars.ContextVar("fxmask_aside", default=False),
             caller=contextvars.ContextVar("fxmask_caller", default=None),
             inferred=weakref.WeakKeyDictionary(),
             bind=None,
@@ -283,7 +286,7 @@ class AcceleratedModel(torch.nn.Module):
         if torch.compiler.is_compiling():  # by torch.compile around a pipeline, or around this: graphs are compiled already
             return _call_as_it_is(self, *args, **kwargs)
         private = self._fxmask
-        if private.model.training or private.variants is None or private.bind is None or self._caches_otherwise:
+        if private.variants is None or private.bind is None or self._stands_aside:
             return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
         with torch.no_grad() if recording else NOTHING:
@@ -313,9 +316,21 @@ class AcceleratedModel(torch.nn.Module):
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
 
     @property
-    def _caches_otherwise(self) -> bool:
-        """Whether diffusers' own caches are enabled on the original, whose hooks no graph calls: then it runs as it is."""
-        return vars(self._fxmask.model).get("_cache_config") is not None
+    def _stands_aside(self) -> bool:
+        """Whether the original answers: in training, and while diffusers' own caches are enabled, whose hooks no graph has."""
+        private = self._fxmask
+        return private.model.training or private.aside.get() or vars(private.model).get("_cache_config") is not None
+
+    @contextlib.contextmanager
+    def standing_aside(self) -> Iterator[None]:
+        """The original answers the calls inside."""
+        aside = self._fxmask.aside
+        before = aside.get()
+        aside.set(True)
+        try:
+            yield
+        finally:
+            aside.set(before)
 
     def _generation(self) -> Generation:
         private = self._fxmask

@@ -26,7 +26,8 @@ from fxmask.settings.components import denoisers_of, original_of
 from fxmask.settings.key import Setting
 from fxmask.settings.known import Known
 from fxmask.settings.pipeline import install
-from fxmask.settings.session import Session, joined
+from fxmask.settings.session import Session
+from fxmask.settings.together import joined
 from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan, save_mask

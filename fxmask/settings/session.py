@@ -154,15 +154,17 @@ class Session:
             args: of the call.
             kwargs: of the call.
         """
-        if INSIDE.get() or not all(part._is_in(pipe) for part in self.parts):
+        if INSIDE.get():
             return call(*args, **kwargs)
+        if not all(part._is_in(pipe) for part in self.parts):
+            return self._run_as_ever(call, args, kwargs)
         token = INSIDE.set(True)
         try:
             setting = self.setting_of(pipe, call, args, kwargs)
             found = self._look_up_all(setting)
             known = found[0][1]
             if all(k.refused is not None or k.unused for _, k in found):
-                return call(*args, **kwargs)
+                return self._run_as_ever(call, args, kwargs)
             if all(not k.runs and k.mask is None for _, k in found):
                 self._say_new(setting)
                 return self._record(pipe, call, args, kwargs, setting)
@@ -172,12 +174,19 @@ class Session:
                     part._conclude(k)
             known.calls += 1
             if all(k.variants is None or k.refused is not None for _, k in found):
-                return call(*args, **kwargs)
+                return self._run_as_ever(call, args, kwargs)
             if self.every and known.calls % self.every == 0:
                 return self._record(pipe, call, args, kwargs, setting)
             return self._run(call, args, kwargs, setting)
         finally:
             INSIDE.reset(token)
+
+    def _run_as_ever(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Make a call by the original denoisers; the plan of another setting is not for it."""
+        with contextlib.ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.model.standing_aside())
+            return call(*args, **kwargs)
 
     @property
     def parts(self) -> list[Session]:
@@ -306,6 +315,9 @@ class Session:
         graphs = count_graphs(planned)
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
+            for part in self.parts:
+                if all(part is not own for own, _, _ in planned):
+                    stack.enter_context(part.model.standing_aside())
             generations = [stack.enter_context(part.model.generation_of(v, predicts=False)) for part, _, v in planned]
             result = call(*args, **kwargs)
         seconds = time.perf_counter() - began
@@ -380,7 +392,7 @@ class Session:
 
     def _fit(self, known: Known) -> None:
         run: Any = known.runs[-1]
-        program = self.captured(run)
+        program, outcome = self.captured(run), self._own_outcome(known)
         with self._spending("learning"):
             learner = learner_of(list(known.runs), program)
             if isinstance(learner, PartsLearner):
@@ -388,13 +400,13 @@ class Session:
                     known,
                     program,
                     learner,
-                    learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits)),
+                    learner.best(outcome, formed_share(program), keeper(program, run, self.limits)),
                 )
                 return
             keeps = keeper(program, run, self.limits)
-            reuses = reuses_of(program, self.outcome) if run.stochastic else []
+            reuses = reuses_of(program, outcome) if run.stochastic else []
             errors = ReuseErrors(learner, known.squares, fresh=True) if known.squares else None
-            plan = best_plan(learner, self.outcome, formed_share(program), reuses, errors, keeps)
+            plan = best_plan(learner, outcome, formed_share(program), reuses, errors, keeps)
             self.keep(known, program, learner, plan)
             known.trial = None
             if reuses and not known.trials and isinstance(plan, InstantPlan):
@@ -583,12 +595,3 @@ class Session:
                 saved_per_image=statistics.fmean(saved) if saved else None,
                 **self._seconds,
             )
-
-
-def joined(sessions: Sequence[Session]) -> Session:
-    """The session of a pipeline with several denoisers: the first one's, which knows the others."""
-    first = sessions[0]
-    first.others = list(sessions[1:])
-    for session in sessions:
-        session.shared = len(sessions) > 1
-    return first

@@ -14,7 +14,8 @@ from fxmask.runtime.model import AcceleratedModel
 from fxmask.settings.components import denoisers_of, original_of
 from fxmask.settings.example_calls import checked_calls, checked_steps, learn_from_calls
 from fxmask.settings.pipeline import install, restore
-from fxmask.settings.session import Session, joined
+from fxmask.settings.session import Session
+from fxmask.settings.together import joined
 
 EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
 

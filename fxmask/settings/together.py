@@ -56,3 +56,12 @@ def _pieces(learner: InstantLearner | PartsLearner, share: float, macs: float) -
         return [Piece(p.learner, p.cost * macs, p.share) for p in learner.pieces(share)]
     rows = sum(x.shape[0] for x in learner.runs[0].outputs[0])
     return [Piece(learner, rows * macs, share)]
+
+
+def joined(sessions: Sequence[Session]) -> Session:
+    """The session of a pipeline with several denoisers: the first one's, which knows the others."""
+    first = sessions[0]
+    first.others = list(sessions[1:])
+    for session in sessions:
+        session.shared = len(sessions) > 1
+    return first
