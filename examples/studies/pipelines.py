@@ -329,7 +329,7 @@ def write(rows: Mapping[str, Mapping[str, str]]) -> None:
     """The page of results."""
     title, text = "# Kinds of pipeline", " ".join((__doc__ or "").split("`build/`.\n", 1)[1].split("`--write`")[0].split())
     cells = [cell for cells in rows.values() for column, cell in cells.items() if column != "error"]
-    counts = f"{len(rows)} kinds; of {len(cells)} cells {sum(c.startswith(WORKS) for c in cells)} work, "
+    counts = f"{len(rows)} of {len(KINDS)} kinds; of {len(cells)} cells {sum(c.startswith(WORKS) for c in cells)} work, "
     counts += (
         f"{sum(c.startswith('refused') for c in cells)} are refused by name, {sum(c == NONE for c in cells)} have nothing to "
     )
