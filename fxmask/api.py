@@ -119,7 +119,7 @@ def accelerate(
             model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
-        effort: ``"instant"`` (none but the recorded run), ``"quick"`` or ``"default"``: how many sampling runs learning may
+        effort: ``"instant"`` (none but the recorded run, and six calls where the sampler injects noise), ``"quick"`` or ``"default"``: how many sampling runs learning may
             take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
@@ -372,7 +372,8 @@ def learn(
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939, which takes neither ``effort`` nor
             ``checkpoint`` and learns from the first recorded run.
         effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25), ``"quick"`` (18),
-            or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions).
+            or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions; where the sampler
+            injects noise, six calls on the recorded images tell whether reused branches or a stage serve better).
         checkpoint: a file that keeps what was measured; the same call goes on from it.
         options: of the paper's learner.
         cost: what a speed-up is a ratio of: ``"macs"``, or ``"latency"``, seconds measured on this machine

@@ -33,6 +33,7 @@ from fxmask.ir.program import Program
 from fxmask.ir.trial import Trial
 from fxmask.learning.effort import Limits
 from fxmask.learning.instant.checks import fitted_checks, lanes_of
+from fxmask.learning.instant.fitting import Rule, fitted
 from fxmask.learning.instant.levels import ReuseErrors, ReusePlan, Squares, best_plan, reuses_of, trial_of
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
@@ -460,7 +461,7 @@ class Session:
         assert program is not None
         assert mask is not None
         began = time.perf_counter()
-        found, calls = better_mask(
+        found, error, calls = better_mask(
             program,
             list(known.runs),
             mask,
@@ -474,7 +475,8 @@ class Session:
             self._further_calls += calls
             if found is None:
                 return False
-            known.mask, known.effort, known.checks = found, effort, None
+            known.mask, known.effort = found, effort
+            known.checks = checks_of_mask(known.runs, program, found, error, self.outcome.max_error)
             known.trial = known.findings = None
             self._use(known)
         return True
@@ -510,6 +512,19 @@ class Session:
                 saved_per_image=statistics.fmean(saved) if saved else None,
                 **self._seconds,
             )
+
+
+def checks_of_mask(
+    runs: Sequence[Sampler], program: Program, mask: Mask, error: float, max_error: float | None
+) -> Checks | None:
+    """Checks of the full steps of any mask: those of forecasts between the same full steps, with the mask's own error."""
+    plan = rectify(program, mask)
+    computed = tuple(i for i, step in enumerate(plan.steps) if step.macs == plan.full_macs)
+    if len(computed) < 3 or len(computed) == len(plan.steps):
+        return None
+    learner = InstantLearner(list(runs), program)
+    terms = fitted(learner.moments, Rule(), computed)
+    return checks_of(learner, InstantPlan(computed, Rule(), terms, placed=False, error=error), max_error)
 
 
 def checks_of(learner: InstantLearner, plan: InstantPlan | ReusePlan, max_error: float | None) -> Checks | None:
