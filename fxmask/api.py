@@ -119,8 +119,8 @@ def accelerate(
             model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
-        effort: ``"instant"`` (none but the recorded run, and six calls where the sampler injects noise), ``"quick"`` or ``"default"``: how many sampling runs learning may
-            take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
+        effort: ``"instant"`` (none but the recorded run, and six calls where the sampler injects noise), ``"quick"`` or
+            ``"default"``: how many sampling runs learning may take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
             ``"instant"``.
