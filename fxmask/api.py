@@ -17,7 +17,7 @@ from fxmask.errors import InputError, MaskError
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.frontend.capture import capture
 from fxmask.frontend.examples import ExampleInputs
-from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
+from fxmask.frontend.modules import module_device, module_dtype, require_denoiser, require_eval
 from fxmask.ir.calls import Signature
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
@@ -25,7 +25,8 @@ from fxmask.ir.program import Program
 from fxmask.learning.candidate import ParetoPoint
 from fxmask.learning.effort import EFFORTS, Limits
 from fxmask.learning.instant.levels import ReuseErrors, ReusePlan, best_plan, probed, reuses_of
-from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
+from fxmask.learning.instant.parts import PartsLearner, learner_of
+from fxmask.learning.instant.plans import InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.learner import learn_paper
 from fxmask.learning.paper.options import PaperOptions
@@ -43,10 +44,12 @@ from fxmask.sampling.same_sampler import abbreviated, cannot_make, is_same_grid,
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.schedulers import require_scheduler
 from fxmask.sampling.trajectory import record
-from fxmask.settings.pipeline import denoiser_of, install, is_a_pipeline, original_of, session_of
+from fxmask.settings.checked import checks_of
+from fxmask.settings.pipeline import is_a_pipeline, session_of
 from fxmask.settings.pipeline import restore as restore_pipeline
 from fxmask.settings.saved import load_settings, save_settings
-from fxmask.settings.session import Session, checks_of
+from fxmask.settings.session import Session
+from fxmask.settings.start import accelerate_pipeline
 from fxmask.storage.differences import differences
 from fxmask.storage.folders import read_again
 from fxmask.storage.packages import agrees, is_package, read_package
@@ -57,7 +60,7 @@ from fxmask.storage.plans import facts_of, load_plan
 logger = logging.getLogger(__name__)
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
-EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
+STEPS = 50  # that a sampler takes, where nothing is said
 LEARNERS = ("default", "paper")
 COSTS = ("macs", "latency")
 
@@ -68,12 +71,13 @@ def accelerate(
     model: Any,
     scheduler: Any = None,
     *,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | Sequence[int] | None = None,
     speedup: float | None = None,
     macs: float | None = None,
     max_error: float | None = None,
     mask: Mask | None = None,
     example_inputs: ExampleInputs = None,
+    example_calls: Sequence[Mapping[str, Any]] | None = None,
     step_kwargs: Mapping[str, Any] | None = None,
     scheduler_kwargs: Mapping[str, Any] | None = None,
     max_graphs: int | None = None,
@@ -86,7 +90,7 @@ def accelerate(
     checkpoint: str | Path | None = None,
     backend: str = "auto",
     mode: str | None = None,
-    component: str | None = None,
+    component: str | Sequence[str] | None = None,
     improve: str | None = None,
     every: int = 0,
     seed: int = 0,
@@ -96,21 +100,25 @@ def accelerate(
 
     With ``effort="instant"`` a plan is made of recorded predictions alone. For a model one run is recorded now. A pipeline is
     returned at once: its first call at any setting (steps, size, scheduler, guidance, adapters) runs in full, makes what it
-    always made, and is recorded in passing; from the second call on that setting is accelerated. What is given of
-    ``num_inference_steps``, ``example_inputs``, ``step_kwargs`` and ``scheduler_kwargs`` is for models.
+    always made, and is recorded in passing; from the second call on that setting is accelerated. With ``example_calls``, or
+    more effort, calls of the pipeline are recorded and learned from now: their settings are fast from the first call on.
+    ``example_inputs``, ``step_kwargs`` and ``scheduler_kwargs`` are for models.
 
     Args:
         model: the denoiser, in eval mode; its weights are shared, not copied. Or a pipeline: an object that holds modules and a
             scheduler as attributes and is called. It is returned, with its denoiser replaced; ``fxmask.restore`` undoes that.
         scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Needed, and not
             changed.
-        num_inference_steps: how many steps the sampler will take.
+        num_inference_steps: how many steps the sampler will take; 50, if not given. Of a pipeline, at which numbers of steps
+            the example calls are made, one or several; as each call says, if not given.
         speedup: ratio of total MACs over the steps, e.g. 2.0, which is also the default outcome.
         macs: or the fraction of the full MACs to keep, e.g. 0.5.
         max_error: or the largest relative L2 error of the final sample, e.g. 0.05.
         mask: or a mask of your own; nothing is learned then. At most one of these four.
         example_inputs: dict of forward arguments, or a function (batch_size, generator) -> dict, for conditioning that
             cannot be inferred; sample and timestep may be included.
+        example_calls: of a pipeline: keyword arguments of calls to learn from, e.g. ``[{"prompt": "a red house"}]``. Without
+            them ``effort="quick"`` and ``"default"`` make calls with neutral prompts, or class labels, of their own.
         step_kwargs: passed on to ``scheduler.step`` while recording, e.g. ``{"eta": 1.0}``.
         scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
@@ -120,7 +128,8 @@ def accelerate(
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
         effort: ``"instant"`` (none but the recorded run, and six calls where the sampler injects noise), ``"quick"`` or
-            ``"default"``: how many sampling runs learning may take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
+            ``"default"``: how many sampling runs learning may take; see ``fxmask.learn``. Of a pipeline, the instant plan is
+            kept where no better one is found; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
             ``"instant"``.
@@ -129,7 +138,7 @@ def accelerate(
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default: equal parts of all step graphs once) or ``"whole"`` (each
             step graph on its own, which takes longer to compile).
-        component: name of the pipeline's denoiser, where it is none of the usual ones.
+        component: name of the pipeline's denoiser, where it is none of the usual ones; or names of several.
         improve: ``"background"``: plans of a pipeline are made better in a thread of its own, when further runs were recorded.
         every: one call of a pipeline in so many runs in full and is recorded, so that plans follow what it is used for;
             0: none.
@@ -150,11 +159,20 @@ def accelerate(
     _check_choice("effort", effort, ("instant", *EFFORTS))
     _check_choice("cost", cost, COSTS)
     if is_a_pipeline(model):
-        return _accelerate_pipeline(
+        return accelerate_pipeline(
             model,
             scheduler,
             outcome,
-            refused={"mask": mask is not None, "learner": learner != "default", "cost": cost != "macs"},
+            refused={
+                "mask": mask is not None,
+                "learner": learner != "default",
+                "cost": cost != "macs",
+                "example_inputs": example_inputs is not None,
+                "step_kwargs": bool(step_kwargs),
+                "scheduler_kwargs": bool(scheduler_kwargs),
+            },
+            example_calls=example_calls,
+            num_inference_steps=num_inference_steps,
             effort=effort,
             limits=Limits(max_graphs, max_cache_bytes),
             max_learning_bytes=max_learning_bytes,
@@ -163,10 +181,12 @@ def accelerate(
             component=component,
             improve=improve,
             every=every,
+            seed=seed,
             progress=progress,
         )
-    model = _denoiser(model)
+    model = require_eval(model)
     for_pipelines = {"component": component is not None, "improve": improve is not None, "every": bool(every)}
+    for_pipelines["example_calls"] = example_calls is not None
     named = [name for name, given in for_pipelines.items() if given]
     if named:
         raise InputError(f"{named} is for a pipeline, which is called again and again; leave it out for a model")
@@ -178,7 +198,7 @@ def accelerate(
         record,
         model,
         scheduler,
-        num_inference_steps=num_inference_steps,
+        num_inference_steps=_one_number(num_inference_steps),
         batch_size=RECORDED_BATCH,
         example_inputs=example_inputs,
         step_kwargs=step_kwargs,
@@ -268,54 +288,6 @@ def save(model: Any, folder: str | Path) -> None:
         save_settings(session_of(model), Path(folder))
 
 
-def _accelerate_pipeline(
-    pipe: Any,
-    scheduler: Any,
-    outcome: Outcome,
-    *,
-    refused: Mapping[str, bool],
-    effort: str,
-    limits: Limits,
-    max_learning_bytes: int | None,
-    backend: str,
-    mode: str | None,
-    component: str | None,
-    improve: str | None,
-    every: int,
-    progress: bool,
-) -> Any:
-    """Put an accelerated denoiser without a plan into a pipeline."""
-    if improve not in (None, "background"):
-        raise InputError(f"improve={improve!r} is unknown; pass 'background', or leave it out")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
-        raise InputError(f"every={every!r} must be 0, or a whole number from 2 on: one call in so many runs in full")
-    named = [name for name, given in {**refused, "scheduler": scheduler is not None}.items() if given]
-    if named:
-        raise InputError(f"{named} is for a model; a pipeline has a scheduler of its own, and its plans are made of its calls")
-    if effort != "instant":
-        raise InputError(
-            f"effort={effort!r} needs calls to learn from: call the accelerated pipeline first, then "
-            f"pipe.{denoiser_of(pipe, component)}.improve(effort={effort!r})"
-        )
-    name = denoiser_of(pipe, component)
-    model = _denoiser(original_of(pipe, name))
-    get_backend(backend).capturer_for(module_device(model))
-    session = Session(
-        AcceleratedModel.without_plan(model),
-        name,
-        outcome,
-        limits=limits,
-        backend=backend,
-        mode=mode,
-        max_learning_bytes=max_learning_bytes,
-        improve=improve,
-        every=every or (EVERY if improve else 0),
-        progress=progress,
-    )
-    install(pipe, name, session)
-    return pipe
-
-
 def _fit_at_once(
     program: Program, runs: Sequence[Sampler], outcome: Outcome, limits: Limits, cost: str, backend: str
 ) -> tuple[Mask, Checks | None]:
@@ -323,11 +295,16 @@ def _fit_at_once(
     prices = None
     if cost == "latency":
         prices = per_step(program, measure_latency(program, backend))
-    learner = InstantLearner(runs, program)
+    learner = learner_of(runs, program)
     share, keeps = formed_share(program, prices), keeper(program, runs[0], limits)
     plan: InstantPlan | ReusePlan = learner.best(outcome, share, keeps)
     reuses = reuses_of(program, outcome, prices) if runs[-1].stochastic else []
-    if reuses and isinstance(plan, InstantPlan) and len(plan.computed) < learner.steps:
+    if (
+        reuses
+        and not isinstance(learner, PartsLearner)
+        and isinstance(plan, InstantPlan)
+        and len(plan.computed) < learner.steps
+    ):
         errors = ReuseErrors(learner, probed(program, learner, plan, reuses), fresh=False)
         plan = best_plan(learner, outcome, share, reuses, errors, keeps)
     return plan.mask(program, runs[0], sampler_facts(runs[0])), checks_of(learner, plan, outcome.max_error)
@@ -597,6 +574,12 @@ def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress
     return accelerated
 
 
+def _one_number(steps: int | Sequence[int] | None) -> int:
+    if isinstance(steps, (list, tuple)):
+        raise InputError(f"num_inference_steps={steps!r}: several numbers of steps are for a pipeline; a model has one plan")
+    return STEPS if steps is None else steps  # type: ignore[return-value]
+
+
 def _room(max_learning_bytes: int | None, program: Program) -> Room:
     """How much memory learning may take; ranks that share a machine share what is free there."""
     device = module_device(program.model)
@@ -610,14 +593,6 @@ def _seeds(seed: int, mask: Mask | None, learner: str, effort: str) -> list[int]
     """Of the runs that are recorded: one where nothing, or only the paper's learner, learns from them, or one is enough."""
     count = 1 if mask is not None or learner == "paper" or effort == "instant" else max(RECORDED_RUNS, 2 * Group.current().size)
     return [seed + k for k in range(count)]
-
-
-def _denoiser(model: Any) -> torch.nn.Module:
-    """The denoiser that is meant."""
-    denoiser = require_denoiser(model)
-    if denoiser.training:
-        raise InputError(f"{type(denoiser).__name__} is in training mode; call model.eval() first")
-    return denoiser
 
 
 def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], mask: Mask, scheduler: Any) -> None:
@@ -690,5 +665,10 @@ def _listed(calls: Sampler | Sequence[Sampler]) -> list[Sampler]:
 
 def _expect(given: Any, kind: type[T], name: str, call: str) -> None:
     """Refuse an argument of another type, and name the call that was meant."""
+    if is_a_pipeline(given):
+        raise InputError(
+            f"{name} must be a fxmask.{kind.__name__}, got {type(given).__name__}, a pipeline; call fxmask.accelerate(pipe), "
+            "which records, learns and compiles"
+        )
     if not isinstance(given, kind):
         raise InputError(f"{name} must be a fxmask.{kind.__name__}, got {type(given).__name__}; call {call}")

@@ -25,7 +25,7 @@ import fxmask
 from fxmask.learning.instant.plans import InstantLearner
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.model import AcceleratedModel
-from fxmask.settings.session import checks_of
+from fxmask.settings.checked import checks_of
 from fxmask.tools.place import require_device
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"

@@ -260,9 +260,13 @@ class Variants:
         """What was captured for such a call with another setting's plan."""
         for other in self._relatives:
             for variant in other.known if other is not self else ():
-                if variant.fits(bound, ambient) and variant.unchanged():
+                if variant.fits(bound, ambient) and variant.unchanged() and self._has_blocks(variant.program):
                     return self._adopt(variant, other)
         return None
+
+    def _has_blocks(self, program: Program) -> bool:
+        """Whether the mask fits: a program of a call that leaves layers out has not all blocks."""
+        return {block.name for block in program.blocks}.issuperset(self.plan.source.blocks)
 
     def _adopt(self, variant: Variant, other: Variants) -> Variant:
         """A variant of another plan's, with this plan."""
@@ -296,7 +300,7 @@ class Variants:
         logger.info("%s is captured again: %s", type(self._model).__name__, _and(news))
         if self.loaded:
             self.warn("package", f"{_and(news)}, so the model is captured and compiled now; export a package from such a call")
-        program = recapture(self.program, detached_call(bound))
+        program = recapture(self.program, detached_call(bound), self.plan.source.blocks)
         if known_form:
             self._values.update({change.path for change in changes})
         else:

@@ -55,6 +55,7 @@ class RecordedRun:
         num_scheduler_steps: until the last step of the denoiser.
         start: the sample before the first step of all; another denoiser's, perhaps.
         whole: whether these are all steps of the call.
+        clean_up: what the pipeline would have done at its end.
     """
 
     pipe: Any
@@ -65,6 +66,7 @@ class RecordedRun:
     num_scheduler_steps: int
     start: torch.Tensor | None = None
     whole: bool = True
+    clean_up: Callable[[], None] = lambda: None
 
 
 class _Finished(BaseException):
@@ -106,6 +108,7 @@ class PipelineReplay:
         self._stepping: Any = None
         self._final: torch.Tensor | None = None
         self._closed = False
+        self.lane: str | None = None
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -152,10 +155,12 @@ class PipelineReplay:
                 "the same when it is called again"
             )
         except _Finished:
+            self._run.clean_up()
             self._out.put(self._final)
         except _Closed:
-            pass
+            self._run.clean_up()
         except BaseException as error:  # raised again in the caller's thread
+            self._run.clean_up()
             self._out.put(error)
 
     def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -196,7 +201,8 @@ class PipelineReplay:
         """Step; after the last step, end the pipeline."""
         if self._closed:
             raise _Closed
-        self._stepping = scheduler if self._stepping is None else self._stepping
+        if self._stepping is None and self._calls:
+            self._stepping = scheduler
         result = step(*args, **kwargs)
         if scheduler is self._stepping:
             self._final = first_tensor(result)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fxmask.sampling.same_sampler import scheduler_facts
+from fxmask.sampling.twin import is_scheduler
 
 # Of an image, rather than of how it is sampled.
 OF_THE_IMAGE = frozenset(
@@ -21,6 +22,7 @@ OF_THE_IMAGE = frozenset(
     "clean_caption class_labels seed".split()
 )
 SCHEDULES = ("timesteps", "sigmas")  # lists of numbers that say how it is sampled
+TRUE_GUIDANCE = "true_cfg_scale"
 SIZED = ("image", "latents", "mask_image", "control_image", "video")
 
 
@@ -40,7 +42,9 @@ class Setting:
 
     def __str__(self) -> str:
         shown = [f"{name}={value}" for name, value in self.arguments if name in MAIN and value is not None]
-        return ", ".join([*shown, json.loads(self.scheduler)["class"]])
+        facts = json.loads(self.scheduler)
+        schedulers = [facts] if "class" in facts else list(facts.values())
+        return ", ".join([*shown, *(str(x["class"]) for x in schedulers if "class" in x)])
 
     def to_data(self) -> dict[str, Any]:
         """As JSON."""
@@ -49,13 +53,16 @@ class Setting:
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Setting:
         """From what ``to_data`` made."""
-        return cls(tuple((str(n), _frozen(v)) for n, v in data["arguments"]), str(data["scheduler"]), str(data["adapters"]))
+        given = tuple((str(n), _frozen(v)) for n, v in data["arguments"] if v is not None)
+        return cls(given, str(data["scheduler"]), str(data["adapters"]))
 
 
 MAIN = ("num_inference_steps", "height", "width", "guidance_scale", "eta", "strength", "num_frames")
 
 
-def setting_of(pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any], model: torch.nn.Module) -> Setting:
+def setting_of(
+    pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any], models: Sequence[torch.nn.Module]
+) -> Setting:
     """The setting of one call of a pipeline.
 
     Args:
@@ -63,12 +70,18 @@ def setting_of(pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, A
         call: its ``__call__``, with or without ``self``.
         args: of the call.
         kwargs: of the call.
-        model: its denoiser.
+        models: its denoisers.
     """
     named = _by_name(call, args, kwargs)
     arguments = tuple(sorted(_plain_arguments(named).items()))
-    facts = json.dumps(scheduler_facts(getattr(pipe, "scheduler", None)), sort_keys=True, default=repr)
-    return Setting(arguments, facts, json.dumps(adapters_of(model), sort_keys=True, default=repr))
+    schedulers = {name: scheduler_facts(x) for name, x in vars(pipe).items() if is_scheduler(x)}
+    facts = schedulers["scheduler"] if schedulers.keys() == {"scheduler"} else schedulers
+    adapters = [adapters_of(model) for model in models]
+    return Setting(arguments, _as_json(facts), _as_json(adapters[0] if len(adapters) == 1 else adapters))
+
+
+def _as_json(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True, default=repr)
 
 
 def _by_name(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +102,9 @@ def _plain_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in named.items():
         if name in OF_THE_IMAGE or name.startswith("callback"):
             continue
-        if value is None or isinstance(value, (bool, int, float)):
+        if value is None:  # or not given: what is not plain, as a generator, is not told apart from none
+            continue
+        if isinstance(value, (bool, int, float)):
             found[name] = value
         elif name in SCHEDULES and hasattr(value, "__iter__"):
             found[name] = tuple(float(x) for x in value)
@@ -97,6 +112,8 @@ def _plain_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
             size = _size_of(value)
             if size is not None:
                 found[f"size of {name}"] = size
+    if TRUE_GUIDANCE in named:  # there, guidance needs something to guide away from
+        found["negative"] = any(x is not None for name, x in named.items() if name.startswith("negative_"))
     return found
 
 

@@ -230,6 +230,20 @@ def test_too_little_room_for_a_recording_is_said_once() -> None:
         assert torch.equal(images(pipe, call), plain)
 
 
+def test_a_setting_that_is_refused_has_not_the_plan_of_another() -> None:
+    pipe, call = small()
+    plain = [images(pipe, call, seed, guidance_scale=1.5) for seed in (0, 1)]
+    accelerated(pipe)
+    images(pipe, call, 0)
+    images(pipe, call, 1)
+    session_of(pipe)._max_bytes = 2000
+    with pytest.warns(UserWarning, match="larger max_learning_bytes"):
+        assert torch.equal(images(pipe, call, 0, guidance_scale=1.5), plain[0])
+    assert torch.equal(images(pipe, call, 1, guidance_scale=1.5), plain[1])  # at the same timesteps
+    images(pipe, call, 1)
+    assert session_of(pipe).account().images == 2
+
+
 def test_a_denoiser_that_was_put_in_its_place_runs() -> None:
     pipe, call = small()
     accelerated(pipe)
@@ -245,8 +259,6 @@ def test_a_pipeline_refuses_what_is_for_models() -> None:
     pipe, _ = small()
     with pytest.raises(fxmask.InputError, match="has a scheduler of its own"):
         fxmask.accelerate(pipe, pipe.scheduler)
-    with pytest.raises(fxmask.InputError, match=r"improve\(effort='quick'\)"):
-        fxmask.accelerate(pipe, effort="quick")
     with pytest.raises(fxmask.InputError, match="component='vea' is no module"):
         fxmask.accelerate(pipe, component="vea")
     with pytest.raises(fxmask.InputError, match="no plan yet"):
