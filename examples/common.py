@@ -15,7 +15,7 @@ import torch
 import fxmask
 from fxmask.metrics import psnr
 from fxmask.timing import timed
-from fxmask.tools.draw import draw_mask
+from fxmask.pictures import draw_mask
 from fxmask.tools.place import DTYPES, require_device
 
 matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """fxmask: an optimising compiler for the sampling loop of diffusion models."""
 
-from fxmask import policies, reference
+from fxmask import pictures, policies, reference
 from fxmask.api import accelerate, compile, learn, load, pareto, restore, save
 from fxmask.errors import (
     BackendError,
@@ -32,7 +32,7 @@ from fxmask.sampling.pipeline_trajectory import PipelineTrajectory, record_pipel
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.trajectory import Trajectory, record
 from fxmask.tools.diagnosis import Diagnosis, diagnose
-from fxmask.tools.draw import draw_mask, draw_pareto
+from fxmask.pictures import draw_mask, draw_pareto
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ __all__ = [
     "load",
     "observe",
     "pareto",
+    "pictures",
     "policies",
     "psnr",
     "record",
