@@ -136,7 +136,9 @@ def draw_pareto(points: Sequence[Point], axes: Any) -> None:
     ordered = sorted(points, key=lambda p: p.mac_ratio)
     axes.plot([1 / p.mac_ratio for p in ordered], [p.decibels for p in ordered], label="fxmask", **style(0))
     for p in ordered:
-        axes.annotate(f"{p.mac_ratio:.2f}x", (1 / p.mac_ratio, p.decibels), textcoords="offset points", xytext=(4, 6), fontsize=8)
+        axes.annotate(
+            f"{p.mac_ratio:.2f}x", (1 / p.mac_ratio, p.decibels), textcoords="offset points", xytext=(4, 6), fontsize=8
+        )
     fewer = [(1 / p.mac_ratio, p.fewer_steps) for p in ordered if p.fewer_steps is not None]
     if fewer:
         axes.plot(*zip(*fewer, strict=True), label="fewer steps of the sampler", **style(1))

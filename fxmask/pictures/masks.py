@@ -136,7 +136,16 @@ def _legend(mask: Mask) -> list[Any]:
 
     found = sorted(set(states_of(mask).flatten().tolist()), reverse=True)
     return [
-        Line2D([], [], marker="s", linestyle="", markersize=8, markerfacecolor=COLOURS[k], markeredgecolor="#555555", label=STATES[k])
+        Line2D(
+            [],
+            [],
+            marker="s",
+            linestyle="",
+            markersize=8,
+            markerfacecolor=COLOURS[k],
+            markeredgecolor="#555555",
+            label=STATES[k],
+        )
         for k in found
     ]
 
@@ -150,7 +159,9 @@ def _number_columns(axes: Any, count: int, every: int) -> None:
 def _name_rows(blocks: Sequence[str], axes: Any, height: float) -> None:
     """Names of blocks, or of groups of them with lines in between, where there is no room for each."""
     if len(blocks) <= NAMED_ROWS and len(blocks) * SPACE <= height * 1.6:
-        axes.set_yticks(range(len(blocks)), [_short(name) for name in blocks], fontsize=min(7, max(4, 60 * height / max(1, len(blocks)))))
+        axes.set_yticks(
+            range(len(blocks)), [_short(name) for name in blocks], fontsize=min(7, max(4, 60 * height / max(1, len(blocks))))
+        )
         return
     groups = grouped(blocks, most=max(1, int(height / SPACE)))
     for first, _, _ in groups[1:]:
@@ -165,7 +176,8 @@ def grouped(blocks: Sequence[str], most: int) -> list[tuple[int, int, str]]:
     The longest beginnings are taken that are few enough; if even the shortest are too many, neighbours are put together.
     """
     for length in range(max((name.count(".") + 1 for name in blocks), default=1), 0, -1):
-        rows = [list(part) for _, part in itertools.groupby(range(len(blocks)), lambda b: _beginning(blocks[b], length))]
+        names = [_beginning(name, length) for name in blocks]
+        rows = [list(part) for _, part in itertools.groupby(range(len(blocks)), names.__getitem__)]
         if len(rows) <= most:
             return [(part[0], part[-1], _group_name(blocks, part, length)) for part in rows]
     size = -(-len(rows) // most)

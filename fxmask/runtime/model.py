@@ -41,9 +41,11 @@ from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
 from fxmask.runtime.generation import Generation, InferredGeneration
 from fxmask.runtime.marks import Marks
+from fxmask.runtime.quality import MEASURED, Quality
 from fxmask.runtime.report import Report
 from fxmask.runtime.stand_in import stand_in
 from fxmask.runtime.variants import Variants
+from fxmask.storage.about import PLAN_FACTS, VERSIONS, base_model, plan_facts, versions
 from fxmask.storage.folders import check_destination
 from fxmask.storage.packages import write_package
 from fxmask.storage.plans import save_mask
@@ -176,6 +178,12 @@ class AcceleratedModel(torch.nn.Module):
         private.variants, private.bind, private.facts = variants, Rebinder(variants.program.signature), dict(facts or {})
         private.inferred.clear()  # their lanes go on with the plan before
 
+    def note(self, **facts: Any) -> None:
+        """Keep facts about the present plan, plain data: ``save`` writes them."""
+        self._fxmask.facts.update(facts)
+        if self._fxmask.learner is not None:
+            self._fxmask.learner.note(facts)
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The original's class: pipelines check types, and record the class in their config."""
@@ -192,6 +200,11 @@ class AcceleratedModel(torch.nn.Module):
     def original(self) -> torch.nn.Module:
         """The denoiser that was accelerated."""
         return self._fxmask.model
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether there is a plan; in a pipeline the second call at a setting makes one."""
+        return self._fxmask.variants is not None
 
     @property
     def program(self) -> Program:
@@ -319,7 +332,9 @@ class AcceleratedModel(torch.nn.Module):
         """What the plan saves, and what the latest runs did, as a table when printed; ``.to_dict()`` for programs."""
         private = self._fxmask
         account = None if private.learner is None else private.learner.account()
-        return Report.of(self.program, self.plan, private.planned.history.runs, private.planned.checks, account)
+        planned = private.planned
+        quality = Quality.of_facts(private.facts, self.plan.source)
+        return Report.of(self.program, self.plan, planned.history.runs, planned.checks, account, quality)
 
     def improve(self, effort: str = "quick", **options: Any) -> bool:
         """Spend time on a better plan, and use it from the next run on if recorded runs that it was not made from say so.
@@ -393,7 +408,10 @@ class AcceleratedModel(torch.nn.Module):
     def _facts(self) -> dict[str, Any]:
         """What the plan was made for."""
         facts = {**self._fxmask.facts, "model": type(self.original).__name__}
-        return {**facts, "roles": given_roles(self.program), "start": self.plan.start}
+        if Quality.of_facts(facts, self.plan.source) is None:
+            facts.pop(MEASURED, None)  # of another plan
+        about = {PLAN_FACTS: plan_facts(self.plan, self.program.batch_size), VERSIONS: versions(), **base_model(self.original)}
+        return {**facts, **about, "roles": given_roles(self.program), "start": self.plan.start}
 
     # Standing in for the original
 

@@ -1,7 +1,10 @@
 """Plans of several settings in one folder: a saved plan each, in folders of their own, and a list of them.
 
-folder/settings.json           the list, replaced last
+folder/settings.json           the list, with the digest of each plan; replaced last
 folder/<digest of setting>/    what AcceleratedModel.save writes
+folder/README.md, *.png        for people
+
+Version 1 of the list had no digests.
 """
 
 from __future__ import annotations
@@ -11,25 +14,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fxmask._torch import pytree
 from fxmask.errors import InputError, MaskError
-from fxmask.files.bounded import JSON_BYTES, read_bounded
+from fxmask.files.bounded import JSON_BYTES, file_digest, read_bounded
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.files.replace import replace_file
+from fxmask.files.sealed import head_of, parse, seal, unseal
 from fxmask.frontend.capture import capture
 from fxmask.frontend.modules import module_device
 from fxmask.learning.effort import Limits
 from fxmask.learning.outcome import Outcome
+from fxmask.passes.rectify import rectify
 from fxmask.runtime.checks import Check, Checks
 from fxmask.runtime.model import AcceleratedModel
-from fxmask.settings.key import Setting
+from fxmask.runtime.quality import MEASURED, Quality
+from fxmask.settings.key import MAIN, Setting
 from fxmask.settings.pipeline import denoiser_of, install, original_of
 from fxmask.settings.session import Known, Session
+from fxmask.storage.about import LEARNED, PLAN_FACTS, VERSIONS, base_model, kept_facts, plan_facts, versions
+from fxmask.storage.card import Entry, write_card
 from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan, save_mask
+from fxmask.storage.schema import PLAN
 
 LIST = "settings.json"
-FORMAT, VERSION = "fxmask settings", 1
+FORMAT, VERSION = "fxmask settings", 2
 
 
 def save_settings(session: Session, folder: Path) -> None:
@@ -47,27 +59,57 @@ def save_settings(session: Session, folder: Path) -> None:
     if program is None or not planned:
         raise InputError("no setting has a plan yet: the first call of the pipeline at a setting is recorded. Call it first")
     folder.mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries, shown = [], []
     for setting, known in planned.items():
         data = setting.to_data()
         name = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
         assert known.mask is not None
         facts = {
             **known.facts,
+            **_learned(session, setting, known),
             "model": type(session.model.original).__name__,
             "roles": dict(session.given_roles()),
             "start": 0,
             "backend": session.backend,
             "mode": session.mode,
+            PLAN_FACTS: plan_facts(rectify(program, known.mask), program.batch_size),
+            VERSIONS: versions(),
+            **base_model(session.model.original),
         }
+        if Quality.of_facts(facts, known.mask) is None:
+            facts.pop(MEASURED, None)  # of another plan
         save_mask(folder / name, known.mask, facts, program.example.arguments)
-        entries.append({"folder": name, "setting": data, "effort": known.effort, "checks": _checks_to_data(known.checks)})
+        digest = file_digest(folder / name / PLAN)
+        entries.append(
+            {"folder": name, "plan": digest, "setting": data, "effort": known.effort, "checks": _checks_to_data(known.checks)}
+        )
+        shown.append(Entry(str(setting), known.mask, facts, f"{name}.png"))
     outcome = {name: value for name, value in vars(session.outcome).items() if value is not None}
     content = {"format": FORMAT, "version": VERSION, "outcome": outcome, "component": session.component, "settings": entries}
     try:
-        replace_file(folder / LIST, json.dumps(content, indent=1).encode(), folder / f"{LIST}.partial")
+        replace_file(folder / LIST, seal(content, indent=1), folder / f"{LIST}.partial")
     except OSError as error:
         raise MaskError(f"the settings cannot be written to {folder}: {error}") from error
+    write_card(folder, shown, model=type(session.model.original).__name__, component=session.component)
+
+
+def _learned(session: Session, setting: Setting, known: Known) -> dict[str, Any]:
+    """What a plan was learned on, as far as it is known here; of a plan that was loaded, what its folder said."""
+    if not known.runs:
+        return {}
+    asked = {name: value for name, value in vars(session.outcome).items() if value is not None}
+    seeds = sorted({seed for run in known.runs for seed in seeds_of(run)})
+    said = {name: value for name, value in setting.arguments if name in MAIN and value is not None}
+    images = sum(run.batch_size for run in known.runs)
+    learned = {"runs": len(known.runs), "images": images, "seeds": seeds, "effort": known.effort, "asked": asked, **said}
+    return {LEARNED: {name: value for name, value in learned.items() if value not in ([], {})}}
+
+
+def seeds_of(run: Any) -> list[int]:
+    """Seeds of the generators that a recorded call was given."""
+    arguments = getattr(getattr(run, "run", None), "arguments", None)
+    given = [] if arguments is None else pytree.tree_leaves((list(arguments.args), dict(arguments.kwargs)))
+    return [x.initial_seed() for x in given if isinstance(x, torch.Generator)]
 
 
 def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, progress: bool) -> Any:
@@ -76,22 +118,13 @@ def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, pr
     Raises:
         MaskError: the folder holds nothing of that kind, or the plans are of another model.
     """
-    data = _read(folder)
-    with foreign_errors_as(MaskError, f"{folder / LIST} is damaged", FOREIGN):
-        component = denoiser_of(pipe, data["component"])
-        entries = [
-            (Setting.from_data(x["setting"]), str(x["folder"]), str(x["effort"]), _checks_of(x["checks"]))
-            for x in data["settings"]
-        ]
-        outcome = Outcome(**{str(k): float(v) for k, v in data["outcome"].items()})
+    named, outcome, entries = read_settings(folder)
+    component = denoiser_of(pipe, named)
     model = original_of(pipe, component)
     session = Session(
         AcceleratedModel.without_plan(model), component, outcome, limits=Limits(), backend=backend, mode=mode, progress=progress
     )
-    for setting, name, effort, checks in entries:
-        if Path(name).name != name:
-            raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
-        place = folder / name
+    for setting, place, effort, checks in entries:
         mask, facts, example = load_plan(place)
         facts = facts_of(place, mask, facts)
         if session.program is None:
@@ -100,10 +133,36 @@ def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, pr
                 session.program = capture(model, placed_call(example, module_device(model)), roles=roles)
         if mask.fingerprint is None or not session.program.fits(mask.fingerprint):
             raise MaskError(f"the plans in {folder} were made for another model than this {type(model).__name__}")
-        about = {k: v for k, v in facts.items() if k not in ("model", "roles", "start", "backend", "mode")}
-        session.settings[setting] = Known(mask=mask, checks=checks, facts=about, effort=effort)
+        session.settings[setting] = Known(mask=mask, checks=checks, facts=kept_facts(facts), effort=effort)
     install(pipe, component, session)
     return pipe
+
+
+def read_settings(folder: Path) -> tuple[str | None, Outcome, list[tuple[Setting, Path, str, Checks | None]]]:
+    """The list of plans in a folder: name of the denoiser, outcome, and of each plan setting, folder, effort and checks.
+
+    Raises:
+        MaskError: there is none, it is damaged, or a plan is not the one that it was written with.
+    """
+    data = _read(folder)
+    with foreign_errors_as(MaskError, f"{folder / LIST} is damaged", FOREIGN):
+        entries = [
+            (Setting.from_data(x["setting"]), str(x["folder"]), x.get("plan"), str(x["effort"]), _checks_of(x["checks"]))
+            for x in data["settings"]
+        ]
+        outcome = Outcome(**{str(k): float(v) for k, v in data["outcome"].items()})
+        component = None if data["component"] is None else str(data["component"])
+    found = []
+    for setting, name, digest, effort, checks in entries:
+        if Path(name).name != name:
+            raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
+        place = folder / name
+        if digest is not None and (place / PLAN).is_file() and file_digest(place / PLAN) != digest:
+            raise MaskError(
+                f"the plan for {setting} in {place} is not the one that {folder / LIST} was written with; {FOREIGN}"
+            )
+        found.append((setting, place, effort, checks))
+    return component, outcome, found
 
 
 def _read(folder: Path) -> Any:
@@ -111,12 +170,13 @@ def _read(folder: Path) -> Any:
     if not place.is_file():
         raise MaskError(f"{folder} holds no plans of a pipeline; fxmask.save(pipe, folder) writes them")
     with foreign_errors_as(MaskError, f"{place} is damaged", FOREIGN):
-        data = json.loads(read_bounded(place, JSON_BYTES))
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}")
-        if data["version"] != VERSION:
-            raise ValueError(f"its version is {data['version']}, and this fxmask knows {VERSION}")
-        return data
+        raw = read_bounded(place, JSON_BYTES)
+        head = head_of(raw)
+        if head.format != FORMAT:
+            raise ValueError(f"its format is {head.format!r}")
+        if head.version not in (1, VERSION):
+            raise ValueError(f"its version is {head.version}, and this fxmask knows 1 and {VERSION}")
+        return unseal(raw, dict) if head.version == VERSION else parse(raw, dict)
 
 
 def _checks_to_data(checks: Checks | None) -> Any:

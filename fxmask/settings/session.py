@@ -445,6 +445,12 @@ class Session:
             except Exception:  # in a thread of its own: nobody else would hear of it
                 logger.warning("improving a plan in the background failed; the plan stays", exc_info=True)
 
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts about the plan that is in use."""
+        with self._lock:
+            if self._latest is not None:
+                self._latest.facts = {**self._latest.facts, **facts}
+
     def account(self) -> Account:
         """What was spent and saved until now."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def _make(case: str, given: dict[str, Any]) -> Any:
 def from_code(case: str, given: dict[str, Any]) -> Any:
     """What the function of a file or a module returns."""
     place, _, name = case.rpartition(":")
+    beside = str(Path(place).resolve().parent if place.endswith(".py") else Path.cwd())
+    if beside not in sys.path:
+        sys.path.insert(0, beside)  # and it stays there: functions import when they are called, too
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
