@@ -95,6 +95,7 @@ def save_step_errors(
             shown = [value if value > 0 else math.nan for value in values]
             axes.plot(range(len(shown)), shown, label=name, markevery=max(1, count // 25), zorder=3, **style(k))
         axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel("relative error")
         axes.grid(alpha=0.3)

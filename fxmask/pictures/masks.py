@@ -97,7 +97,7 @@ def save_counts(mask: Mask, path: str | Path, *, every: int = 5, title: str | No
 
 def counts_of(mask: Mask, every: int) -> torch.Tensor:
     """How often each block computes in every few steps, int64 ``[B, ceil(T / every)]``."""
-    return torch.stack([part.sum(dim=0) for part in mask.compute.long().split(every)], dim=1)
+    return torch.stack([part.sum(dim=0) for part in torch.split(mask.compute.long(), every)], dim=1)
 
 
 def states_of(mask: Mask) -> torch.Tensor:

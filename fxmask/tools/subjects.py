@@ -63,7 +63,9 @@ class Subject:
                 )
             return self
         beside = self.calls[0]  # what every call needs
-        given = [{**beside, **call} for call in (*calls, *({"prompt": prompt} for prompt in prompts))] or list(self.calls)
+        given: list[Mapping[str, Any]] = [
+            {**beside, **call} for call in (*calls, *({"prompt": prompt} for prompt in prompts))
+        ] or list(self.calls)
         return replace(self, calls=tuple({**call, "num_inference_steps": steps} if steps else call for call in given))
 
     def recorded(self, seed: int, steps: int | None = None, batch: int = 8) -> Sampler:
