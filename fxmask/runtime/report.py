@@ -16,6 +16,7 @@ from fxmask.runtime.history import Run
 from fxmask.runtime.quality import Quality
 
 LARGEST = 12  # blocks that a table lists; the rest is summed up
+LATEST = 3  # runs that are listed
 STEPS = 24  # steps whose shares are listed one by one
 
 
@@ -113,7 +114,7 @@ class Report:
         ]
         if self.error is not None:
             found.append(("estimated error", f"{self.error:.3g} of the samples' size"))
-        found += [("latest run" if run is self.runs[-1] else "earlier run", str(run)) for run in self.runs]
+        found += [("latest run" if run is self.runs[-1] else "earlier run", str(run)) for run in self.runs[-LATEST:]]
         if self.account is not None:
             found.append(("images and seconds", str(self.account)))
         return found + self._block_lines()

@@ -98,6 +98,7 @@ def _learned(session: Session, setting: Setting, known: Known) -> dict[str, Any]
     if not known.runs:
         return {}
     asked = {name: value for name, value in vars(session.outcome).items() if value is not None}
+    asked = asked or {"speedup": 1 / session.outcome.budget}
     seeds = sorted({seed for run in known.runs for seed in seeds_of(run)})
     said = {name: value for name, value in setting.arguments if name in MAIN and value is not None}
     images = sum(run.batch_size for run in known.runs)
