@@ -236,7 +236,7 @@ def accelerate(
     facts = sampler_facts(first) or {}
     if own_mask is None:
         facts[LEARNED] = _learned_facts(trajectories, seeds, outcome, learner, effort, cost)
-    accelerated = AcceleratedModel(program, plan, backend, mode, facts=facts, checks=checks)
+    accelerated = AcceleratedModel(program, plan, backend, mode, facts=facts, checks=checks, progress=progress)
     if instant:
         limits = Limits(max_graphs, max_cache_bytes)
         session = Session(accelerated, None, outcome, limits=limits, backend=backend, mode=mode, progress=progress)
@@ -482,7 +482,9 @@ def pareto(
         return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
-def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | None = None) -> AcceleratedModel:
+def compile(
+    program: Program, plan: Plan, backend: str = "auto", *, mode: str | None = None, progress: bool = True
+) -> AcceleratedModel:
     """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
 
     Args:
@@ -492,6 +494,7 @@ def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | 
             NVIDIA GPU), ``"inductor"`` (never replayed), ``"cudagraph"`` (an error where nothing can be replayed),
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
+        progress: show a bar while step graphs compile, also later for another shape.
 
     Raises:
         MaskError: the plan belongs to another program.
@@ -500,7 +503,7 @@ def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | 
     _expect(program, Program, "program", "fxmask.compile(fxmask.capture(model, call), plan)")
     _expect(plan, Plan, "plan", "fxmask.compile(program, fxmask.rectify(program, mask))")
     program.require_verified()
-    return AcceleratedModel(program, plan, backend, mode, facts=plan.source.sampler)
+    return AcceleratedModel(program, plan, backend, mode, facts=plan.source.sampler, progress=progress)
 
 
 def load(
@@ -558,7 +561,12 @@ def load(
     with foreign_errors_as(MaskError, f"the plan in {folder} does not fit this {type(model).__name__}", FOREIGN):
         plan = rectify(program, mask, start=facts["start"])
     accelerated = AcceleratedModel(
-        program, plan, backend or facts["backend"], mode if backend or mode else facts.get("mode"), facts=kept_facts(facts)
+        program,
+        plan,
+        backend or facts["backend"],
+        mode if backend or mode else facts.get("mode"),
+        facts=kept_facts(facts),
+        progress=progress,
     )
     return accelerated if (backend or facts["backend"]) == "eager" else accelerated.compile_all(progress=progress)
 

@@ -117,6 +117,7 @@ class AcceleratedModel(torch.nn.Module):
         compiler: of the backend for this form of call, if it comes from a package; others are compiled with Inductor then.
         facts: about the sampler that the plan was made for; ``save`` writes them.
         checks: of the plan's full steps, for ``report``.
+        progress: show a bar while step graphs compile at their first call.
     """
 
     is_accelerated: ClassVar[bool] = True  # what an instance says of its class is the original's
@@ -136,6 +137,7 @@ class AcceleratedModel(torch.nn.Module):
         compiler: Compiler | None = None,
         facts: Mapping[str, Any] | None = None,
         checks: Checks | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         if plan.fingerprint != program.fingerprint:
@@ -144,7 +146,7 @@ class AcceleratedModel(torch.nn.Module):
             )
         model = program.model
         self._stand_in_for(model)
-        self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks), facts)
+        self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks, progress=progress), facts)
 
     @classmethod
     def without_plan(cls, model: torch.nn.Module) -> AcceleratedModel:

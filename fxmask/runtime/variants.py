@@ -119,6 +119,7 @@ class Variants:
             is used here, too. The list may grow later.
         history: of the latest runs, if it is shared with them.
         checks: of the plan, if steps are compared with their forecasts.
+        progress: show a bar while step graphs compile at their first call.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class Variants:
         relatives: Sequence[Variants] = (),
         history: History | None = None,
         checks: Checks | None = None,
+        progress: bool = False,
     ) -> None:
+        self.progress = progress
         self.program = program
         self.plan = plan
         self.backend = backend
@@ -144,7 +147,8 @@ class Variants:
         self._relatives = relatives
         self._model = program.model
         shared = next((v.graphs for other in relatives for v in other.known if v.program is program), None)
-        self._known = [Variant(program, plan.source, backend, mode, plan, compiler, shared)]
+        self._known: list[Variant] = []
+        self._use(Variant(program, plan.source, backend, mode, plan, compiler, shared))
         # By form of call and modes: the state, and why it failed where the model itself did and nothing was said of it.
         self._refused: dict[Any, tuple[Snapshot, str | None]] = {}
         self._values: Counter[str] = Counter()
@@ -290,6 +294,7 @@ class Variants:
 
     def _use(self, variant: Variant) -> None:
         """Put a variant in front; forget the one that was used least recently if there are too many."""
+        variant.graphs.bar.shown = self.progress
         self._known = [variant, *(v for v in self._known if v is not variant)][:MOST_VARIANTS]
 
     def _reason_not_to_capture(

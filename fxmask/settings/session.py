@@ -354,6 +354,7 @@ class Session:
             relatives=self._relatives,
             history=self._history,
             checks=known.checks,
+            progress=self.progress,
         )
         self._relatives.append(variants)
         known.variants = variants
