@@ -24,7 +24,8 @@ from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import ParetoPoint
 from fxmask.learning.effort import EFFORTS, Limits
-from fxmask.learning.instant.plans import InstantLearner, formed_share, keeper
+from fxmask.learning.instant.parts import learner_of
+from fxmask.learning.instant.plans import formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.learner import learn_paper
 from fxmask.learning.paper.options import PaperOptions
@@ -42,10 +43,13 @@ from fxmask.sampling.same_sampler import abbreviated, cannot_make, is_same_grid,
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.schedulers import require_scheduler
 from fxmask.sampling.trajectory import record
-from fxmask.settings.pipeline import denoiser_of, install, is_a_pipeline, original_of, session_of
+from fxmask.settings.checked import checks_of
+from fxmask.settings.components import denoisers_of, original_of
+from fxmask.settings.example_calls import checked_calls, checked_steps, learn_from_calls
+from fxmask.settings.pipeline import install, is_a_pipeline, session_of
 from fxmask.settings.pipeline import restore as restore_pipeline
 from fxmask.settings.saved import load_settings, save_settings
-from fxmask.settings.session import Session, checks_of
+from fxmask.settings.session import Session, joined
 from fxmask.storage.about import LEARNED, kept_facts
 from fxmask.storage.card import Entry, write_card
 from fxmask.storage.differences import differences
@@ -59,6 +63,7 @@ from fxmask.storage.plans import facts_of, load_plan
 logger = logging.getLogger(__name__)
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
+STEPS = 50  # that a sampler takes, where nothing is said
 EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
 LEARNERS = ("default", "paper")
 COSTS = ("macs", "latency")
@@ -70,12 +75,13 @@ def accelerate(
     model: Any,
     scheduler: Any = None,
     *,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | Sequence[int] | None = None,
     speedup: float | None = None,
     macs: float | None = None,
     max_error: float | None = None,
     mask: Mask | None = None,
     example_inputs: ExampleInputs = None,
+    example_calls: Sequence[Mapping[str, Any]] | None = None,
     step_kwargs: Mapping[str, Any] | None = None,
     scheduler_kwargs: Mapping[str, Any] | None = None,
     max_graphs: int | None = None,
@@ -88,7 +94,7 @@ def accelerate(
     checkpoint: str | Path | None = None,
     backend: str = "auto",
     mode: str | None = None,
-    component: str | None = None,
+    component: str | Sequence[str] | None = None,
     improve: str | None = None,
     every: int = 0,
     seed: int = 0,
@@ -98,21 +104,25 @@ def accelerate(
 
     With ``effort="instant"`` a plan is made of recorded predictions alone. For a model one run is recorded now. A pipeline is
     returned at once: its first call at any setting (steps, size, scheduler, guidance, adapters) runs in full, makes what it
-    always made, and is recorded in passing; from the second call on that setting is accelerated. What is given of
-    ``num_inference_steps``, ``example_inputs``, ``step_kwargs`` and ``scheduler_kwargs`` is for models.
+    always made, and is recorded in passing; from the second call on that setting is accelerated. With ``example_calls``, or
+    more effort, calls of the pipeline are recorded and learned from now: their settings are fast from the first call on.
+    ``example_inputs``, ``step_kwargs`` and ``scheduler_kwargs`` are for models.
 
     Args:
         model: the denoiser, in eval mode; its weights are shared, not copied. Or a pipeline: an object that holds modules and a
             scheduler as attributes and is called. It is returned, with its denoiser replaced; ``fxmask.restore`` undoes that.
         scheduler: a diffusers scheduler, or anything with ``set_timesteps``, ``timesteps`` and ``step``. Needed, and not
             changed.
-        num_inference_steps: how many steps the sampler will take.
+        num_inference_steps: how many steps the sampler will take; 50, if not given. Of a pipeline, at which numbers of steps
+            the example calls are made, one or several; as each call says, if not given.
         speedup: ratio of total MACs over the steps, e.g. 2.0, which is also the default outcome.
         macs: or the fraction of the full MACs to keep, e.g. 0.5.
         max_error: or the largest relative L2 error of the final sample, e.g. 0.05.
         mask: or a mask of your own; nothing is learned then. At most one of these four.
         example_inputs: dict of forward arguments, or a function (batch_size, generator) -> dict, for conditioning that
             cannot be inferred; sample and timestep may be included.
+        example_calls: of a pipeline: keyword arguments of calls to learn from, e.g. ``[{"prompt": "a red house"}]``. Without
+            them ``effort="quick"`` and ``"default"`` make calls with neutral prompts, or class labels, of their own.
         step_kwargs: passed on to ``scheduler.step`` while recording, e.g. ``{"eta": 1.0}``.
         scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
@@ -122,7 +132,8 @@ def accelerate(
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
         effort: ``"instant"`` (none but the recorded run), ``"quick"`` or ``"default"``: how many sampling runs learning may
-            take; see ``fxmask.learn``. For a pipeline ``"instant"``; ``pipe.unet.improve(effort="quick")`` goes on from there.
+            take; see ``fxmask.learn``. Of a pipeline, the instant plan is kept where no better one is found;
+            ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
             ``"instant"``.
@@ -131,7 +142,7 @@ def accelerate(
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default: equal parts of all step graphs once) or ``"whole"`` (each
             step graph on its own, which takes longer to compile).
-        component: name of the pipeline's denoiser, where it is none of the usual ones.
+        component: name of the pipeline's denoiser, where it is none of the usual ones; or names of several.
         improve: ``"background"``: plans of a pipeline are made better in a thread of its own, when further runs were recorded.
         every: one call of a pipeline in so many runs in full and is recorded, so that plans follow what it is used for;
             0: none.
@@ -156,7 +167,16 @@ def accelerate(
             model,
             scheduler,
             outcome,
-            refused={"mask": mask is not None, "learner": learner != "default", "cost": cost != "macs"},
+            refused={
+                "mask": mask is not None,
+                "learner": learner != "default",
+                "cost": cost != "macs",
+                "example_inputs": example_inputs is not None,
+                "step_kwargs": bool(step_kwargs),
+                "scheduler_kwargs": bool(scheduler_kwargs),
+            },
+            example_calls=example_calls,
+            num_inference_steps=num_inference_steps,
             effort=effort,
             limits=Limits(max_graphs, max_cache_bytes),
             max_learning_bytes=max_learning_bytes,
@@ -165,10 +185,12 @@ def accelerate(
             component=component,
             improve=improve,
             every=every,
+            seed=seed,
             progress=progress,
         )
     model = _denoiser(model)
     for_pipelines = {"component": component is not None, "improve": improve is not None, "every": bool(every)}
+    for_pipelines["example_calls"] = example_calls is not None
     named = [name for name, given in for_pipelines.items() if given]
     if named:
         raise InputError(f"{named} is for a pipeline, which is called again and again; leave it out for a model")
@@ -181,7 +203,7 @@ def accelerate(
         record,
         model,
         scheduler,
-        num_inference_steps=num_inference_steps,
+        num_inference_steps=_one_number(num_inference_steps),
         batch_size=RECORDED_BATCH,
         example_inputs=example_inputs,
         step_kwargs=step_kwargs,
@@ -284,17 +306,20 @@ def _accelerate_pipeline(
     outcome: Outcome,
     *,
     refused: Mapping[str, bool],
+    example_calls: Any,
+    num_inference_steps: Any,
     effort: str,
     limits: Limits,
     max_learning_bytes: int | None,
     backend: str,
     mode: str | None,
-    component: str | None,
+    component: str | Sequence[str] | None,
     improve: str | None,
     every: int,
+    seed: int,
     progress: bool,
 ) -> Any:
-    """Put an accelerated denoiser without a plan into a pipeline."""
+    """Put accelerated denoisers into a pipeline, with plans if there are calls to learn from."""
     if improve not in (None, "background"):
         raise InputError(f"improve={improve!r} is unknown; pass 'background', or leave it out")
     if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
@@ -302,27 +327,27 @@ def _accelerate_pipeline(
     named = [name for name, given in {**refused, "scheduler": scheduler is not None}.items() if given]
     if named:
         raise InputError(f"{named} is for a model; a pipeline has a scheduler of its own, and its plans are made of its calls")
-    if effort != "instant":
-        raise InputError(
-            f"effort={effort!r} needs calls to learn from: call the accelerated pipeline first, then "
-            f"pipe.{denoiser_of(pipe, component)}.improve(effort={effort!r})"
-        )
-    name = denoiser_of(pipe, component)
-    model = _denoiser(original_of(pipe, name))
-    get_backend(backend).capturer_for(module_device(model))
-    session = Session(
-        AcceleratedModel.without_plan(model),
-        name,
-        outcome,
-        limits=limits,
-        backend=backend,
-        mode=mode,
-        max_learning_bytes=max_learning_bytes,
-        improve=improve,
-        every=every or (EVERY if improve else 0),
-        progress=progress,
-    )
-    install(pipe, name, session)
+    calls, steps = checked_calls(example_calls), checked_steps(num_inference_steps)
+    sessions = []
+    for name in denoisers_of(pipe, component):
+        model = _denoiser(original_of(pipe, name))
+        get_backend(backend).capturer_for(module_device(model))
+        options: dict[str, Any] = {"max_learning_bytes": max_learning_bytes, "improve": improve, "progress": progress}
+        options["every"] = every or (EVERY if improve else 0)
+        plain = AcceleratedModel.without_plan(model)
+        sessions.append(Session(plain, name, outcome, limits=limits, backend=backend, mode=mode, **options))
+    install(pipe, joined(sessions))
+    if calls is not None or effort != "instant":
+        try:
+            learn_from_calls(pipe, sessions[0], calls, steps, effort, seed)
+        except KeyboardInterrupt:
+            if not any(part.model.has_plan for part in sessions):
+                restore_pipeline(pipe)
+                raise
+            logger.warning("learning was interrupted; the plans that were made until then are used")
+        except BaseException:
+            restore_pipeline(pipe)
+            raise
     return pipe
 
 
@@ -333,7 +358,7 @@ def _fit_at_once(
     prices = None
     if cost == "latency":
         prices = per_step(program, measure_latency(program, backend))
-    learner = InstantLearner(runs, program)
+    learner = learner_of(runs, program)
     plan = learner.best(outcome, formed_share(program, prices), keeper(program, runs[0], limits))
     return plan.mask(program, runs[0], sampler_facts(runs[0])), checks_of(learner, plan, outcome.max_error)
 
@@ -610,6 +635,12 @@ def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress
     return accelerated
 
 
+def _one_number(steps: int | Sequence[int] | None) -> int:
+    if isinstance(steps, (list, tuple)):
+        raise InputError(f"num_inference_steps={steps!r}: several numbers of steps are for a pipeline; a model has one plan")
+    return STEPS if steps is None else steps  # type: ignore[return-value]
+
+
 def _room(max_learning_bytes: int | None, program: Program) -> Room:
     """How much memory learning may take; ranks that share a machine share what is free there."""
     device = module_device(program.model)
@@ -708,5 +739,10 @@ def _listed(calls: Sampler | Sequence[Sampler]) -> list[Sampler]:
 
 def _expect(given: Any, kind: type[T], name: str, call: str) -> None:
     """Refuse an argument of another type, and name the call that was meant."""
+    if is_a_pipeline(given):
+        raise InputError(
+            f"{name} must be a fxmask.{kind.__name__}, got {type(given).__name__}, a pipeline; call fxmask.accelerate(pipe), "
+            "which records, learns and compiles"
+        )
     if not isinstance(given, kind):
         raise InputError(f"{name} must be a fxmask.{kind.__name__}, got {type(given).__name__}; call {call}")

@@ -25,7 +25,7 @@ import fxmask
 from fxmask.learning.instant.plans import InstantLearner
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.model import AcceleratedModel
-from fxmask.settings.session import checks_of
+from fxmask.settings.checked import checks_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FAMILIES = {"ldm": "ldm-4-ddim-20", "pixart": "pixart-4-ddim-20", "dit": "dit-4-ddim-20", "ddpm": "ddpm-ddim-20"}

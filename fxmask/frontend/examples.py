@@ -73,7 +73,8 @@ def example_call(
         raise InputError(
             f"{type(model).__name__}.forward needs {missing}, which cannot be inferred: random conditioning would be "
             f"the wrong distribution to learn from. Pass example_inputs={{{', '.join(f'{n!r}: ...' for n in missing)}}} "
-            f"with tensors for a batch of {batch_size}, or a function (batch_size, generator) -> dict"
+            f"with tensors for a batch of {batch_size}, or a function (batch_size, generator) -> dict; or, of a pipeline, call "
+            "fxmask.accelerate(pipe), which learns from the pipeline's own calls"
             + _hints(model, signature, call, batch_size, missing)
         )
     if signature.sample not in call:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from fxmask._torch import uncompiled
 from fxmask.errors import InputError
-from fxmask.ir.calls import TIMESTEP_NAMES
 
 
 def require_denoiser(model: Any) -> torch.nn.Module:
@@ -26,11 +24,10 @@ def require_denoiser(model: Any) -> torch.nn.Module:
     if parts and not callable(model):
         message += f"; pass its {next(iter(parts))}"
     elif parts:
-        name = next((name for name, x in parts.items() if _takes_timestep(x)), next(iter(parts)))
         message += (
-            f", which holds {list(parts)}. Record a call of the pipeline with calls = fxmask.record_pipeline(pipe, ...), and "
-            "pass that to fxmask.learn(fxmask.capture(calls.denoiser, calls.calls[0][0], calls.roles), calls); or pass the "
-            f"denoiser and the scheduler alone: fxmask.accelerate(pipe.{name}, pipe.scheduler, example_inputs=...)"
+            f", which holds {list(parts)}. Accelerate the pipeline: fxmask.accelerate(pipe). Or record a call of it with "
+            "calls = fxmask.record_pipeline(pipe, ...), and pass that to fxmask.learn(fxmask.capture(calls.denoiser, "
+            "calls.calls[0][0], calls.roles), calls)"
         )
     raise InputError(message)
 
@@ -54,10 +51,6 @@ def is_adapted(module: torch.nn.Module) -> bool:
     return any(
         cls.__name__ in ("PeftModel", "PeftMixedModel") and cls.__module__.startswith("peft.") for cls in type(module).__mro__
     )
-
-
-def _takes_timestep(module: torch.nn.Module) -> bool:
-    return not set(TIMESTEP_NAMES).isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def module_device(model: torch.nn.Module) -> torch.device:

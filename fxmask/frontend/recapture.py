@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -27,11 +28,17 @@ from fxmask.passes.functionalize import functionalize
 logger = logging.getLogger(__name__)
 
 
-def recapture(program: Program, bound: BoundCall) -> Program:
+def recapture(program: Program, bound: BoundCall, needed: Collection[str] | None = None) -> Program:
     """Capture the program's model again for a call of another shape or type, with the same blocks.
 
     Where both graphs have the same operators in the same order, blocks keep their places; else they are found again and
     must have the same names.
+
+    Args:
+        program: the first capture.
+        bound: the other call.
+        needed: names of the blocks that a mask lists: others may be missing, as where a call leaves layers out. All, if not
+            given.
 
     Raises:
         CaptureError: the new graph has other blocks, so that a mask for the old one cannot be used.
@@ -41,11 +48,11 @@ def recapture(program: Program, bound: BoundCall) -> Program:
         symbolic = _from_symbolic(program, bound, roles) if _as_captured(program) else None
     if symbolic is not None:
         with contextlib.suppress(CaptureError):  # symbolic sizes can lead through other operators
-            return _carry_blocks(program, symbolic)
-    return _carry_blocks(program, capture_bound(program.model, program.signature, bound, roles))
+            return _carry_blocks(program, symbolic, needed)
+    return _carry_blocks(program, capture_bound(program.model, program.signature, bound, roles), needed)
 
 
-def _carry_blocks(program: Program, fresh: Program) -> Program:
+def _carry_blocks(program: Program, fresh: Program, needed: Collection[str] | None) -> Program:
     """A new capture with the blocks of an old one."""
     old = [node for node in program.graph_module.graph.nodes if node.op == "call_function"]
     new = [node for node in fresh.graph_module.graph.nodes if node.op == "call_function"]
@@ -56,12 +63,12 @@ def _carry_blocks(program: Program, fresh: Program) -> Program:
     else:
         by_name = {block.name: block for block in fresh.blocks}
         missing = [block.name for block in program.blocks if not _same_kind(block, by_name.get(block.name))]
-        if missing:
+        if missing and (needed is None or not set(missing).isdisjoint(needed)):
             raise CaptureError(
                 f"captured again, {type(program.model).__name__} has no blocks {missing[:5]}, so its mask does not fit; "
                 "accelerate the model again for this form of call"
             )
-        blocks = tuple(by_name[block.name] for block in program.blocks)
+        blocks = tuple(by_name[block.name] for block in program.blocks if block.name not in missing)
     return replace(fresh, blocks=blocks, fingerprint=program.fingerprint, symbolic=program.symbolic)
 
 

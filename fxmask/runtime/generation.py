@@ -19,7 +19,7 @@ from fxmask.runtime.checks import RunChecks
 from fxmask.runtime.clock import Clock
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.history import DOUBTFUL, MIXED, Run, changed_conditioning, other_timesteps
-from fxmask.runtime.marks import Marks
+from fxmask.runtime.marks import LaneName, Marks
 from fxmask.runtime.prologues import Rows
 from fxmask.runtime.steady import Steady, is_same_memory
 from fxmask.runtime.timesteps import types_of
@@ -48,6 +48,7 @@ class Lane:
     steady: Steady | None = None  # what its next call looks like
     checks: RunChecks | None = None  # of the run that it is in
     is_over: bool = False  # the run's error is estimated to pass its bound: all that is left of it is computed
+    name: str | None = None  # that the pipeline calls it by
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
 
     def forget(self) -> None:
@@ -79,7 +80,8 @@ class Lane:
 
     def is_twin_of(self, other: Lane) -> bool:
         """Whether nothing tells the two apart but their turns; see ``Generation._choose``."""
-        return self.variant is other.variant and self.conditioning is other.conditioning
+        same = self.variant is other.variant and self.name == other.name
+        return same and self.conditioning is other.conditioning
 
 
 class Generation:
@@ -91,11 +93,15 @@ class Generation:
     Args:
         variants: the programs of the model that is called.
         marks: the generations that are marked in each context.
+        lanes: the name of the lane whose call is made, where the caller says it.
         predicts: timesteps that are slow to read are predicted: the caller vouches for their sequence.
     """
 
-    def __init__(self, variants: Variants, marks: Marks[Generation], *, predicts: bool = True) -> None:
+    def __init__(
+        self, variants: Variants, marks: Marks[Generation], lanes: LaneName | None = None, *, predicts: bool = True
+    ) -> None:
         self._variants = variants
+        self._lane_name = lanes if lanes is not None else LaneName()
         self._predicts = predicts
         self._marks = marks
         self._lanes: list[Lane] = []
@@ -133,7 +139,12 @@ class Generation:
         """
         if is_transformed():
             return None
-        found = [(x, given) for x in self._lanes if x.steady and (given := x.steady.leaves(args, kwargs)) is not None]
+        name = self._lane_name.now
+        found = [
+            (x, given)
+            for x in self._lanes
+            if x.steady and x.name == name and (given := x.steady.leaves(args, kwargs)) is not None
+        ]
         if len(found) != 1:
             return None
         lane, given = found[0]
@@ -303,10 +314,26 @@ class Generation:
         pairs = zip(names, lane.conditioning, other.conditioning, strict=True)
         return [name for name, a, b in pairs if a is not b and not (a.shape == b.shape and torch.equal(a, b))]
 
-    def interrupt(self) -> None:
-        """A call was answered by the original, of which lane nobody knows: none can go on from its caches."""
+    def interrupt(self, bound: BoundCall) -> None:
+        """A call was answered by the original: no lane that it may have been of can go on from its caches.
+
+        One of another form, at a timestep that the lane has just had, is none of its own: a further call of that step, which
+        leaves layers out, say.
+        """
+        value = None if bound.timestep is None else self._clock.read(bound.timestep)
         for lane in self._lanes:
-            lane.forget()
+            if not self._had(lane, bound, value):
+                lane.forget()
+
+    def _had(self, lane: Lane, bound: BoundCall, value: float | None) -> bool:
+        """Whether a lane of another form has just been at this timestep, which is no other step's."""
+        timesteps = lane.variant.mask.timesteps
+        if value is None or lane.latest is None or lane.position != lane.latest + 1 or lane.variant.key == bound.key:
+            return False
+        return (
+            timesteps.count(timesteps[lane.latest]) == 1
+            and lane.variant.timetable.step_of(value, types_of(bound), lane.latest) == lane.latest
+        )
 
     def variant_in_use(self, bound: BoundCall) -> Variant | None:
         """The variant that a run in progress uses for this form of call, if it is still what the model is.
@@ -324,7 +351,8 @@ class Generation:
         roles = variant.program.roles
         given = tuple(x for name, x in bound.tensors.items() if roles.get(name) == "conditioning")
         versions = tuple(map(version_of, given))
-        lanes = [lane for lane in self._lanes if lane.variant is variant]
+        name = self._lane_name.now
+        lanes = [lane for lane in self._lanes if lane.variant is variant and lane.name == name]
         same = [lane for lane in lanes if lane.is_given(given, versions)]
         if not same and self._predicts and lanes and not all(map(clock.on_host, given)):
             same = self._predicted(lanes, given, bound)
@@ -333,7 +361,7 @@ class Generation:
         if same:
             return same
         self._forget_idle_lanes()
-        lane = Lane(given, versions, tuple(map(_held, given)), variant, variant.executor(0))
+        lane = Lane(given, versions, tuple(map(_held, given)), variant, variant.executor(0), name=name)
         self._lanes.append(lane)
         return [lane]
 
@@ -396,7 +424,8 @@ class Generation:
             s is not None and lane.latest == s and lane.position is not None for lane, s in zip(waiting, steps, strict=True)
         ):
             first = waiting[0]
-            self._lanes.append(Lane(first.conditioning, first.versions, first.copies, first.variant, first.executor))
+            form = first.conditioning, first.versions, first.copies, first.variant, first.executor
+            self._lanes.append(Lane(*form, name=first.name))
             return self._lanes[-1]
         return waiting[0]
 
@@ -435,8 +464,8 @@ class Generation:
 class InferredGeneration(Generation):
     """Runs that nobody marked, one after the other: they are told apart by their timesteps and conditioning."""
 
-    def __init__(self, variants: Variants, marks: Marks[Generation]) -> None:
-        super().__init__(variants, marks, predicts=False)
+    def __init__(self, variants: Variants, marks: Marks[Generation], lanes: LaneName) -> None:
+        super().__init__(variants, marks, lanes, predicts=False)
 
     def start_again(self) -> None:
         """Count the calls of the next run, after a warning if the last one was not accelerated."""

@@ -1,4 +1,4 @@
-"""Which marked generation a call belongs to.
+"""Which marked generation, and which lane in it, a call belongs to.
 
 The innermost one of the calling context; but generators share the context of whoever advances them, so that of two that are
 advanced in turn, each inside a generation of its own, neither is simply the inner one. There a call belongs to the generation
@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Generic, TypeVar
@@ -52,6 +53,31 @@ class Marks(Generic[G]):
         running = set(_frames(sys._getframe(1)))
         chosen = next((mark for mark in reversed(stack) if mark.owner is None or mark.owner in running), stack[-1])
         return chosen.generation
+
+
+class LaneName:
+    """The name of the lane whose call is made in a context; ``None`` where nobody says it.
+
+    diffusers' pipelines do: ``with transformer.cache_context("cond"): ...``.
+    """
+
+    def __init__(self) -> None:
+        self._name: contextvars.ContextVar[str | None] = contextvars.ContextVar("fxmask_lane", default=None)
+
+    @property
+    def now(self) -> str | None:
+        """The name here."""
+        return self._name.get()
+
+    @contextlib.contextmanager
+    def called(self, name: str) -> Iterator[None]:
+        """Calls inside are of this lane."""
+        before = self._name.get()
+        self._name.set(name)
+        try:
+            yield
+        finally:
+            self._name.set(before)
 
 
 def _frames(frame: FrameType | None) -> list[FrameType]:

@@ -14,7 +14,7 @@ import contextvars
 import copy
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
 from fxmask.runtime.generation import Generation, InferredGeneration
-from fxmask.runtime.marks import Marks
+from fxmask.runtime.marks import LaneName, Marks
 from fxmask.runtime.quality import MEASURED, Quality
 from fxmask.runtime.report import Report
 from fxmask.runtime.stand_in import stand_in
@@ -64,6 +64,7 @@ class _Private:
         model: the denoiser.
         variants: the program of each form of call, and the plan.
         marks: the generations that are marked.
+        lanes: the lane that is called.
         caller: who calls in this context. Contexts outlive models, so this is all that they keep.
         inferred: by caller, a generation that is inferred where none is marked.
         bind: puts calls into the form of ``program.signature``.
@@ -74,6 +75,7 @@ class _Private:
     model: torch.nn.Module
     variants: Variants | None
     marks: Marks[Generation]
+    lanes: LaneName
     caller: contextvars.ContextVar[_Caller | None]
     inferred: weakref.WeakKeyDictionary[_Caller, InferredGeneration]
     bind: Rebinder | None
@@ -161,6 +163,7 @@ class AcceleratedModel(torch.nn.Module):
             model=model,
             variants=None,
             marks=Marks(),
+            lanes=LaneName(),
             caller=contextvars.ContextVar("fxmask_caller", default=None),
             inferred=weakref.WeakKeyDictionary(),
             bind=None,
@@ -274,12 +277,28 @@ class AcceleratedModel(torch.nn.Module):
             variants: the programs of this model, and the plan.
             predicts: whether the caller vouches for the sequence of timesteps; see ``Clock``.
         """
-        return Generation(variants, self._fxmask.marks, predicts=predicts)
+        return Generation(variants, self._fxmask.marks, self._fxmask.lanes, predicts=predicts)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **options: Any) -> Iterator[None]:
+        """Say which of several calls within a step is made inside, as diffusers' pipelines do: ``"cond"``, ``"uncond"``.
+
+        Without it lanes are told apart by their conditioning.
+
+        Args:
+            name: of the lane.
+            options: passed on to the original, whose own hooks may ask for them.
+        """
+        own = getattr(self._fxmask.model, "cache_context", None)
+        with self._fxmask.lanes.called(name), NOTHING if own is None else own(name, **options):
+            yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and return value are the original's."""
+        if torch.compiler.is_compiling():  # by torch.compile around a pipeline, or around this: graphs are compiled already
+            return _call_as_it_is(self, *args, **kwargs)
         private = self._fxmask
-        if private.model.training or private.variants is None or private.bind is None:
+        if private.model.training or private.variants is None or private.bind is None or self._caches_otherwise:
             return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
         with torch.no_grad() if recording else NOTHING:
@@ -299,7 +318,7 @@ class AcceleratedModel(torch.nn.Module):
             variant = generation.variant_in_use(bound) or variants.of(bound)
             outputs = None if variant is None else generation.run(variant, bound)
             if variant is None:
-                generation.interrupt()
+                generation.interrupt(bound)
                 variants.history.unplanned(variants.program.macs, original=True)
             if variant is None or outputs is None:
                 result = private.model(*args, **kwargs)
@@ -307,6 +326,11 @@ class AcceleratedModel(torch.nn.Module):
                 return result
             generation.remember(bound, args, kwargs)
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
+
+    @property
+    def _caches_otherwise(self) -> bool:
+        """Whether diffusers' own caches are enabled on the original, whose hooks no graph calls: then it runs as it is."""
+        return vars(self._fxmask.model).get("_cache_config") is not None
 
     def _generation(self) -> Generation:
         private = self._fxmask
@@ -319,7 +343,7 @@ class AcceleratedModel(torch.nn.Module):
             private.caller.set(caller)
         inferred = private.inferred.get(caller)
         if inferred is None:
-            inferred = private.inferred[caller] = InferredGeneration(private.planned, private.marks)
+            inferred = private.inferred[caller] = InferredGeneration(private.planned, private.marks, private.lanes)
         elif inferred.calls >= max(2, self.mask.num_steps):
             inferred.start_again()
         return inferred
@@ -476,6 +500,11 @@ class AcceleratedModel(torch.nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, arguments = self.__reduce__()
         return function(*copy.deepcopy(arguments, memo))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _call_as_it_is(model: AcceleratedModel, *args: Any, **kwargs: Any) -> Any:
+    return model.forward(*args, **kwargs)
 
 
 def given_roles(program: Program) -> dict[str, str]:

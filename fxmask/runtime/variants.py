@@ -252,11 +252,15 @@ class Variants:
         """What was captured for such a call with another setting's plan."""
         for other in self._relatives:
             for variant in other.known if other is not self else ():
-                if variant.fits(bound, ambient) and variant.unchanged():
+                if variant.fits(bound, ambient) and variant.unchanged() and self._has_blocks(variant.program):
                     found = Variant(variant.program, self.plan.source, *self.elsewhere, graphs=variant.graphs)
                     self._use(found)
                     return found
         return None
+
+    def _has_blocks(self, program: Program) -> bool:
+        """Whether the mask fits: a program of a call that leaves layers out has not all blocks."""
+        return {block.name for block in program.blocks}.issuperset(self.plan.source.blocks)
 
     def _refuse(self, bound: BoundCall, ambient: Ambient, now: Snapshot, unsaid: str | None) -> None:
         """Remember a form of call that cannot be captured as the model is now."""
@@ -283,7 +287,7 @@ class Variants:
         logger.info("%s is captured again: %s", type(self._model).__name__, _and(news))
         if self.loaded:
             self.warn("package", f"{_and(news)}, so the model is captured and compiled now; export a package from such a call")
-        program = recapture(self.program, detached_call(bound))
+        program = recapture(self.program, detached_call(bound), self.plan.source.blocks)
         if known_form:
             self._values.update({change.path for change in changes})
         else:

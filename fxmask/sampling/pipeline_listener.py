@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class HeardCall:
         given: copies of (args, kwargs), if they are kept.
         output: a copy, ``None`` if there is none.
         drew: whether random numbers were drawn inside.
+        lane: its name, where the pipeline says it.
     """
 
     entry: ComponentMethod
@@ -36,6 +37,7 @@ class HeardCall:
     given: Any = None
     output: Any = None
     drew: bool = False
+    lane: str | None = None
 
 
 class PipelineListener:
@@ -57,6 +59,7 @@ class PipelineListener:
     ) -> None:
         self.max_bytes = max_bytes
         self.kept_bytes = 0
+        self.lane: str | None = None
         self.tape = tape
         self.component = component
         self.model = model
@@ -92,7 +95,7 @@ class PipelineListener:
             return entry.original(*args, **kwargs)
         is_denoiser = entry.component == self.component and entry.method == "forward"
         keep = is_denoiser or not self.steps
-        heard = HeardCall(entry, len(self.tape.tensors))
+        heard = HeardCall(entry, len(self.tape.tensors), lane=self.lane)
         if keep:
             heard.given = self._kept(f"{entry.component}.{entry.method}", (args, kwargs))
         run = self.model if is_denoiser and self.model is not None else entry.original
@@ -178,8 +181,9 @@ class PipelineListener:
             other = names[-1] if names else "nothing"
             raise InputError(
                 f"step {at} of the sampler waits for {other!r}, not for {self.component!r}, the denoiser of the steps before: "
-                "this run uses more than one denoiser, and a mask is for one. Record the steps of each by itself, with "
-                f"record_pipeline(..., component={self.component!r}) and component={other!r}, and accelerate each"
+                "this run uses more than one denoiser, and a mask is for one. fxmask.accelerate(pipe) accelerates both; or "
+                f"record each one's steps by themselves, with record_pipeline(..., component={self.component!r}) and "
+                f"component={other!r}"
             )
         if not self.steps:
             before = [*self._before, *(pending[: pending.index(calls[0])] if calls else pending)]
@@ -196,6 +200,51 @@ class PipelineListener:
             )
         self.steps.append(calls)
         return True
+
+
+class PipelineListeners:
+    """Several listeners to one run of a pipeline, each for a denoiser of its own.
+
+    Args:
+        listeners: these.
+    """
+
+    def __init__(self, listeners: Sequence[PipelineListener]) -> None:
+        self._listeners = listeners
+
+    @property
+    def lane(self) -> str | None:
+        """Name of the call that is made now."""
+        return self._listeners[0].lane
+
+    @lane.setter
+    def lane(self, name: str | None) -> None:
+        for listener in self._listeners:
+            listener.lane = name
+
+    def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a component once; all hear of it."""
+        for listener in self._listeners[1:]:
+            entry = replace(entry, original=_told(listener, entry))
+        return self._listeners[0].called(entry, args, kwargs)
+
+    def stepped(self, scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a scheduler's step once; all hear of it."""
+        for listener in self._listeners[1:]:
+            step = _stepping(listener, scheduler, step)
+        return self._listeners[0].stepped(scheduler, step, args, kwargs)
+
+
+def _told(listener: PipelineListener, entry: ComponentMethod) -> Callable[..., Any]:
+    return lambda *args, **kwargs: listener.called(entry, args, kwargs)
+
+
+def _stepping(listener: PipelineListener, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return listener.stepped(scheduler, step, args, kwargs)
+
+    run.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
+    return run
 
 
 def _like(made: torch.Tensor, given: Sequence[torch.Tensor]) -> torch.Tensor | None:

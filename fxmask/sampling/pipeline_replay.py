@@ -106,6 +106,7 @@ class PipelineReplay:
         self._stepping: Any = None
         self._final: torch.Tensor | None = None
         self._closed = False
+        self.lane: str | None = None
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._in: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

@@ -25,7 +25,7 @@ from fxmask.ir.outputs import first_tensor, flatten_output
 from fxmask.sampling.finite import refuse_not_finite
 from fxmask.sampling.noise import FreshNoise, NoiseTape
 from fxmask.sampling.pipeline_arguments import PipelineArguments, arguments_by_name, fresh_copies, same_tree
-from fxmask.sampling.pipeline_listener import HeardCall, PipelineListener, check_one_denoiser
+from fxmask.sampling.pipeline_listener import HeardCall, PipelineListener, PipelineListeners, check_one_denoiser
 from fxmask.sampling.pipeline_replay import Answer, PipelineReplay, PlayedCall, RecordedRun
 from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, Loop
@@ -52,6 +52,7 @@ class PipelineTrajectory(Recording):
         roles: for ``fxmask.capture``: tensor arguments that are the same at all steps (``"conditioning"``), and those that
             are not (``"step"``), e.g. residuals of a ControlNet.
         run: how the call is made again.
+        lanes: per step the name of every call, ``None`` where the pipeline does not say it.
     """
 
     scheduler: Any
@@ -60,6 +61,7 @@ class PipelineTrajectory(Recording):
     component: str
     roles: Mapping[str, str]
     run: RecordedRun
+    lanes: tuple[tuple[str | None, ...], ...] = ()
 
     def renoised(self, model: torch.nn.Module, seed: int) -> PipelineTrajectory:
         """The same call with other noise in every random draw, and in place of a start noise that was passed in.
@@ -172,39 +174,46 @@ def record_pipeline(pipe: Any, *args: Any, component: str | None = None, **kwarg
 
 
 def call_and_record(
-    pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, component: str | None, max_bytes: int
-) -> tuple[Any, PipelineTrajectory | str]:
-    """Call a pipeline for what it makes, and keep the calls of its denoiser by the way.
+    pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, components: Sequence[str | None], max_bytes: int
+) -> tuple[Any, list[PipelineTrajectory | str | None]]:
+    """Call a pipeline for what it makes, and keep the calls of its denoisers by the way.
 
     Args:
         pipe: as for ``record_pipeline``; a copy of it runs, with the same parts.
         args: of its call.
         kwargs: of its call.
-        component: name of the denoiser, if it is known.
-        max_bytes: what the recording may hold.
+        components: names of the denoisers; ``None`` for one whose name is not known.
+        max_bytes: what the recording of each may hold.
 
     Returns:
-        What the pipeline returns, and the trajectory, or why there is none.
+        What the pipeline returns, and of each denoiser the trajectory, or why there is none; ``None`` if it had no step.
 
     Raises:
         FxmaskError: the call was refused in the middle.
     """
     again = PipelineArguments(fresh_copies(tuple(args)), fresh_copies(dict(kwargs)))
-    recorder = PipelineListener(NoiseTape(), component, max_bytes=max_bytes)
-    twin = make_twin(pipe, recorder)
-    with recorder.tape:
+    tape = NoiseTape()
+    recorders = [PipelineListener(tape, component, max_bytes=max_bytes) for component in components]
+    twin = make_twin(pipe, recorders[0] if len(recorders) == 1 else PipelineListeners(recorders))
+    with tape:
         result = twin(*args, **kwargs)
     _hand_back(pipe, twin)
     if getattr(twin, "_interrupt", False) is True:
-        return result, INTERRUPTED
-    if recorder.is_too_much:
-        return result, (
+        return result, [INTERRUPTED] * len(recorders)
+    if any(recorder.is_too_much for recorder in recorders):
+        reason = (
             f"a recording of it takes more than {max_bytes / 2**20:.0f} MiB; pass a larger max_learning_bytes to accelerate()"
         )
-    try:
-        return result, _recorded(recorder, make_twin(pipe, None), again, None)
-    except FxmaskError as error:
-        return result, str(error)
+        return result, [reason] * len(recorders)
+    unused = [bool(recorder.stepping is not None and not recorder.steps) for recorder in recorders]
+    some = not all(unused)
+    found: list[PipelineTrajectory | str | None] = []
+    for recorder, idle in zip(recorders, unused, strict=True):
+        try:
+            found.append(None if idle and some else _recorded(recorder, make_twin(pipe, None), again, None))
+        except FxmaskError as error:
+            found.append(str(error))
+    return result, found
 
 
 def _hand_back(pipe: Any, twin: Any) -> None:
@@ -247,6 +256,7 @@ def _recorded(recorder: PipelineListener, pipe: Any, again: PipelineArguments, m
     denoiser = model if model is not None else recorder.steps[0][0].entry.module
     signature = Signature.of(denoiser)
     calls = tuple(tuple(_arguments(signature, h) for h in step) for step in recorder.steps)
+    names = tuple(tuple(h.lane for h in step) for step in recorder.steps)
     outputs: list[tuple[torch.Tensor, ...]] = []
     answers: list[Answer] = []
     builds: dict[Any, Callable[[Sequence[Any]], Any]] = {}
@@ -278,7 +288,8 @@ def _recorded(recorder: PipelineListener, pipe: Any, again: PipelineArguments, m
         sample=signature.sample,
         denoiser=denoiser,
         component=recorder.component,
-        roles=_roles(calls, signature),
+        roles=_roles(calls, signature, names),
+        lanes=names,
         run=RecordedRun(
             pipe,
             again,
@@ -307,16 +318,22 @@ def _timestep_value(timestep: Any, given: Any) -> float:
     return float(value.max())  # parts of the sample that are given and not sampled are at 0
 
 
-def _roles(calls: Sequence[Sequence[Call]], signature: Signature) -> dict[str, str]:
-    """Which tensor arguments, besides sample and timestep, stay the same over the run, and which change."""
+def _roles(calls: Sequence[Sequence[Call]], signature: Signature, names: Sequence[Sequence[str | None]]) -> dict[str, str]:
+    """Which tensor arguments, besides sample and timestep, stay the same over the run, and which change.
+
+    Guidance that starts or stops midway changes how many calls a step makes, or the rows of each: an argument is compared with
+    what the lane was first given in that form.
+    """
     roles: dict[str, str] = {}
-    for step in calls:
-        for lane, call in enumerate(step):
-            first = calls[0][lane] if lane < len(calls[0]) else call
+    first: dict[Any, Any] = {}
+    for step, lanes in zip(calls, names, strict=True):
+        for lane, (call, named) in enumerate(zip(step, lanes, strict=True)):
+            given = call.get(signature.sample)
+            rows = given.shape[0] if isinstance(given, torch.Tensor) and given.dim() else None
             for name, value in call.items():
                 if name in (signature.sample, signature.timestep) or not _has_tensor(value):
                     continue
-                same = name in first and same_tree(first[name], value)
+                same = same_tree(first.setdefault((name, named or lane, len(step), rows), value), value)
                 roles[name] = "conditioning" if same and roles.get(name) != "step" else "step"
     return roles
 

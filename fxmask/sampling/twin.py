@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from fxmask._torch import forget_compiled_call
 from fxmask.frontend.modules import unwrapped
 
+LANE = "cache_context"  # in which diffusers' pipelines call a denoiser, with the name of the call: "cond", "uncond"
 METHODS = ("forward", "encode")  # that are watched; an autoencoder is not called through its forward
 Module = torch.nn.Module
 
@@ -28,7 +30,13 @@ class ComponentMethod:
 
 
 class _Watcher(Protocol):
-    """What a twin reports to, and what answers in its place."""
+    """What a twin reports to, and what answers in its place.
+
+    Attributes:
+        lane: name of the call that is made now, where the pipeline says it.
+    """
+
+    lane: str | None
 
     def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A component is called."""
@@ -76,6 +84,9 @@ def _watched_module(module: Module, name: str, watcher: _Watcher) -> Module:
         original = getattr(twin, method, None)
         if callable(original):
             twin.__dict__[method] = _reporting(ComponentMethod(name, method, module, original), watcher)
+    context = getattr(twin, LANE, None)
+    if callable(context):
+        twin.__dict__[LANE] = _naming(context, watcher)
     return twin
 
 
@@ -85,6 +96,20 @@ def _reporting(entry: ComponentMethod, watcher: _Watcher) -> Callable[..., Any]:
         return watcher.called(entry, args, kwargs)
 
     return call
+
+
+def _naming(original: Callable[..., Any], watcher: _Watcher) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    @functools.wraps(original)
+    def context(name: str, **options: Any) -> Iterator[None]:
+        before, watcher.lane = watcher.lane, name
+        try:
+            with original(name, **options):
+                yield
+        finally:
+            watcher.lane = before
+
+    return context
 
 
 def _watched_scheduler(scheduler: Any, watcher: _Watcher) -> Any:

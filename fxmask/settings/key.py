@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from fxmask.sampling.same_sampler import scheduler_facts
+from fxmask.sampling.twin import is_scheduler
 
 # Of an image, rather than of how it is sampled.
 OF_THE_IMAGE = frozenset(
     "num_images_per_prompt num_videos_per_prompt num_waveforms_per_prompt batch_size output_type return_dict callback_steps "
-    "clean_caption class_labels seed".split()
+    "clean_caption class_labels seed generator".split()
 )
 SCHEDULES = ("timesteps", "sigmas")  # lists of numbers that say how it is sampled
 SIZED = ("image", "latents", "mask_image", "control_image", "video")
@@ -40,7 +41,9 @@ class Setting:
 
     def __str__(self) -> str:
         shown = [f"{name}={value}" for name, value in self.arguments if name in MAIN and value is not None]
-        return ", ".join([*shown, json.loads(self.scheduler)["class"]])
+        facts = json.loads(self.scheduler)
+        schedulers = [facts] if "class" in facts else list(facts.values())
+        return ", ".join([*shown, *(str(x["class"]) for x in schedulers if "class" in x)])
 
     def to_data(self) -> dict[str, Any]:
         """As JSON."""
@@ -49,13 +52,16 @@ class Setting:
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Setting:
         """From what ``to_data`` made."""
-        return cls(tuple((str(n), _frozen(v)) for n, v in data["arguments"]), str(data["scheduler"]), str(data["adapters"]))
+        arguments = tuple((str(n), _frozen(v)) for n, v in data["arguments"] if n not in OF_THE_IMAGE)
+        return cls(arguments, str(data["scheduler"]), str(data["adapters"]))
 
 
 MAIN = ("num_inference_steps", "height", "width", "guidance_scale", "eta", "strength", "num_frames")
 
 
-def setting_of(pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any], model: torch.nn.Module) -> Setting:
+def setting_of(
+    pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any], models: Sequence[torch.nn.Module]
+) -> Setting:
     """The setting of one call of a pipeline.
 
     Args:
@@ -63,12 +69,18 @@ def setting_of(pipe: Any, call: Any, args: Sequence[Any], kwargs: Mapping[str, A
         call: its ``__call__``, with or without ``self``.
         args: of the call.
         kwargs: of the call.
-        model: its denoiser.
+        models: its denoisers.
     """
     named = _by_name(call, args, kwargs)
     arguments = tuple(sorted(_plain_arguments(named).items()))
-    facts = json.dumps(scheduler_facts(getattr(pipe, "scheduler", None)), sort_keys=True, default=repr)
-    return Setting(arguments, facts, json.dumps(adapters_of(model), sort_keys=True, default=repr))
+    schedulers = {name: scheduler_facts(x) for name, x in vars(pipe).items() if is_scheduler(x)}
+    facts = schedulers["scheduler"] if schedulers.keys() == {"scheduler"} else schedulers
+    adapters = [adapters_of(model) for model in models]
+    return Setting(arguments, _as_json(facts), _as_json(adapters[0] if len(adapters) == 1 else adapters))
+
+
+def _as_json(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True, default=repr)
 
 
 def _by_name(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

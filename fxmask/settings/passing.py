@@ -18,31 +18,30 @@ def record_in_passing(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    component: str | None,
+    components: Sequence[str | None],
     max_bytes: int,
-) -> tuple[Any, PipelineTrajectory | str]:
-    """Call a pipeline, and keep what its denoiser was given and returned.
+) -> tuple[Any, list[PipelineTrajectory | str | None]]:
+    """Call a pipeline, and keep what its denoisers were given and returned.
 
-    What runs is a shallow copy of the pipeline, with the original denoiser and with copies of its schedulers.
+    What runs is a shallow copy of the pipeline, with the original denoisers and with copies of its schedulers.
 
     Args:
         pipe: the pipeline.
         call: the call itself, made instead where nothing can be recorded.
         args: of the call.
         kwargs: of the call.
-        component: name of the denoiser, if it is known.
-        max_bytes: what the recording may hold.
+        components: names of the denoisers.
+        max_bytes: what the recording of each may hold.
 
     Returns:
-        What the pipeline returns, and the recorded run, or why there is none.
+        What the pipeline returns, and of each denoiser the recorded run, or why there is none; ``None`` if it had no step.
     """
     draws = _RandomState.of(args, kwargs)
     try:
-        result, run = call_and_record(pipe, args, kwargs, component=component, max_bytes=max_bytes)
+        return call_and_record(pipe, args, kwargs, components=components, max_bytes=max_bytes)
     except FxmaskError as error:  # this way of running it was refused in the middle, by us: it runs again, as it is
         draws.restore()
-        return call(*args, **kwargs), str(error)
-    return result, run
+        return call(*args, **kwargs), [str(error)] * len(components)
 
 
 class _RandomState:

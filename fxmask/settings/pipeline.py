@@ -12,14 +12,12 @@ from typing import Any
 import torch
 
 from fxmask.errors import InputError
-from fxmask.frontend.modules import unwrapped
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.sampling.twin import is_pipeline
+from fxmask.settings.components import component_of, put
 from fxmask.settings.session import Session
 
 SESSION = "_fxmask_session"
-# Of a pipeline's modules, those that diffusers' pipelines call at every step; the first that is there.
-DENOISERS = ("transformer", "unet", "prior", "decoder", "dit", "model")
 _CLASSES: dict[type, type] = {}
 
 
@@ -28,32 +26,15 @@ def is_a_pipeline(value: Any) -> bool:
     return not isinstance(value, torch.nn.Module) and is_pipeline(value)
 
 
-def denoiser_of(pipe: Any, component: str | None = None) -> str:
-    """Name of the pipeline's denoiser.
-
-    Raises:
-        InputError: nothing in it is one, or several could be.
-    """
-    modules = [name for name, value in vars(pipe).items() if isinstance(value, torch.nn.Module)]
-    if component is not None:
-        if component not in modules:
-            raise InputError(f"component={component!r} is no module of {type(pipe).__name__}; it has {modules}")
-        return component
-    found = next((name for name in DENOISERS if name in modules), modules[0] if len(modules) == 1 else None)
-    if found is None:
-        raise InputError(
-            f"which of the modules of {type(pipe).__name__} is called at every step is not known; pass component=, one of "
-            f"{modules}"
-        )
-    return found
-
-
-def install(pipe: Any, component: str, session: Session) -> None:
-    """Put the accelerated denoiser and the session into a pipeline."""
+def install(pipe: Any, session: Session) -> None:
+    """Put the accelerated denoisers and the session into a pipeline."""
     if SESSION in vars(pipe):
         restore(pipe)
     pipe.__dict__[SESSION] = session
-    _set(pipe, component, session.model)
+    for part in session.parts:
+        assert part.component is not None
+        part.replaced = component_of(pipe, part.component)
+        put(pipe, part.component, part.model)
     pipe.__class__ = _class_of(type(pipe))
 
 
@@ -67,8 +48,9 @@ def restore(pipe: Any) -> Any:
     cls = type(pipe)
     if cls in _CLASSES.values():
         pipe.__class__ = cls.__mro__[1]
-    if isinstance(session, Session) and session.component is not None:
-        _set(pipe, session.component, session.model.original)
+    for part in session.parts if isinstance(session, Session) else ():
+        if part.component is not None:
+            put(pipe, part.component, part.replaced)
     return pipe
 
 
@@ -82,17 +64,6 @@ def session_of(pipe: Any) -> Session:
     if not isinstance(session, Session):
         raise InputError(f"this {type(pipe).__name__} is not accelerated; call fxmask.accelerate(pipe) first")
     return session
-
-
-def original_of(pipe: Any, component: str) -> torch.nn.Module:
-    """A pipeline's denoiser, without what accelerates it."""
-    model: torch.nn.Module = unwrapped(getattr(pipe, component))
-    return model
-
-
-def _set(pipe: Any, component: str, model: torch.nn.Module) -> None:
-    """Pipelines keep a module in their attribute only; some forbid to register it again."""
-    pipe.__dict__[component] = model
 
 
 def _class_of(cls: type) -> type:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,10 @@ from fxmask.passes.rectify import rectify
 from fxmask.runtime.checks import Check, Checks
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.runtime.quality import MEASURED, Quality
+from fxmask.settings.components import denoisers_of, original_of
 from fxmask.settings.key import MAIN, Setting
-from fxmask.settings.pipeline import denoiser_of, install, original_of
-from fxmask.settings.session import Known, Session
+from fxmask.settings.pipeline import install
+from fxmask.settings.session import Known, Session, joined
 from fxmask.storage.about import LEARNED, PLAN_FACTS, VERSIONS, base_model, kept_facts, plan_facts, versions
 from fxmask.storage.card import Entry, write_card
 from fxmask.storage.placed import placed_call
@@ -51,46 +54,69 @@ def save_settings(session: Session, folder: Path) -> None:
         InputError: none has.
         MaskError: the folder holds something else or cannot be written.
     """
-    for setting, known in session.settings.items():
-        if known.mask is None and known.runs:
-            session.plan(setting, known)
-    planned = {setting: known for setting, known in session.settings.items() if known.mask is not None}
-    program = session.program
-    if program is None or not planned:
+    for setting in list(session.settings):
+        session.plan_all(setting)
+    if not any(known.mask is not None for part in session.parts for known in part.settings.values()):
         raise InputError("no setting has a plan yet: the first call of the pipeline at a setting is recorded. Call it first")
     folder.mkdir(parents=True, exist_ok=True)
-    entries, shown = [], []
-    for setting, known in planned.items():
-        data = setting.to_data()
-        name = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-        assert known.mask is not None
-        facts = {
-            **known.facts,
-            **_learned(session, setting, known),
-            "model": type(session.model.original).__name__,
-            "roles": dict(session.given_roles()),
-            "start": 0,
-            "backend": session.backend,
-            "mode": session.mode,
-            PLAN_FACTS: plan_facts(rectify(program, known.mask), program.batch_size),
-            VERSIONS: versions(),
-            **base_model(session.model.original),
-        }
-        if Quality.of_facts(facts, known.mask) is None:
-            facts.pop(MEASURED, None)  # of another plan
-        save_mask(folder / name, known.mask, facts, program.example.arguments)
-        digest = file_digest(folder / name / PLAN)
-        entries.append(
-            {"folder": name, "plan": digest, "setting": data, "effort": known.effort, "checks": _checks_to_data(known.checks)}
-        )
-        shown.append(Entry(str(setting), known.mask, facts, f"{name}.png"))
+    shown: list[Entry] = []
+    entries = [entry for part in session.parts for entry in _save_part(part, folder, shown)]
     outcome = {name: value for name, value in vars(session.outcome).items() if value is not None}
     content = {"format": FORMAT, "version": VERSION, "outcome": outcome, "component": session.component, "settings": entries}
+    if session.others:
+        content["components"] = [part.component for part in session.parts]
     try:
         replace_file(folder / LIST, seal(content, indent=1), folder / f"{LIST}.partial")
     except OSError as error:
         raise MaskError(f"the settings cannot be written to {folder}: {error}") from error
-    write_card(folder, shown, model=type(session.model.original).__name__, component=session.component)
+    models = list(dict.fromkeys(type(part.model.original).__name__ for part in session.parts))
+    write_card(folder, shown, model=" and ".join(models), component=session.component)
+
+
+def _save_part(session: Session, folder: Path, shown: list[Entry]) -> list[dict[str, Any]]:
+    """Write the plans of one denoiser; what the list says of each. For the card they are added to ``shown``."""
+    entries = []
+    for setting, known in session.settings.items():
+        data: dict[str, Any] = {"setting": setting.to_data()}
+        if session.shared:
+            data["component"] = session.component
+        if known.mask is None:
+            if known.unused:
+                entries.append({**data, "unused": True})
+            continue
+        assert session.program is not None
+        named = data["setting"] if not session.shared else [session.component, data["setting"]]
+        name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+        facts = _facts(session, setting, known)
+        save_mask(folder / name, known.mask, facts, session.program.example.arguments)
+        digest = file_digest(folder / name / PLAN)
+        entries.append(
+            {"folder": name, "plan": digest, **data, "effort": known.effort, "checks": _checks_to_data(known.checks)}
+        )
+        title = f"{session.component}: {setting}" if session.shared else str(setting)
+        shown.append(Entry(title, known.mask, facts, f"{name}.png"))
+    return entries
+
+
+def _facts(session: Session, setting: Setting, known: Known) -> dict[str, Any]:
+    """What a plan says of itself."""
+    assert known.mask is not None
+    assert session.program is not None
+    facts = {
+        **known.facts,
+        **_learned(session, setting, known),
+        "model": type(session.model.original).__name__,
+        "roles": dict(session.given_roles()),
+        "start": 0,
+        "backend": session.backend,
+        "mode": session.mode,
+        PLAN_FACTS: plan_facts(rectify(session.program, known.mask), session.program.batch_size),
+        VERSIONS: versions(),
+        **base_model(session.model.original),
+    }
+    if Quality.of_facts(facts, known.mask) is None:
+        facts.pop(MEASURED, None)  # of another plan
+    return facts
 
 
 def _learned(session: Session, setting: Setting, known: Known) -> dict[str, Any]:
@@ -119,51 +145,87 @@ def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, pr
     Raises:
         MaskError: the folder holds nothing of that kind, or the plans are of another model.
     """
-    named, outcome, entries = read_settings(folder)
-    component = denoiser_of(pipe, named)
-    model = original_of(pipe, component)
-    session = Session(
-        AcceleratedModel.without_plan(model), component, outcome, limits=Limits(), backend=backend, mode=mode, progress=progress
-    )
-    for setting, place, effort, checks in entries:
-        mask, facts, example = load_plan(place)
-        facts = facts_of(place, mask, facts)
-        if session.program is None:
-            roles = {key.split(".")[0]: role for key, role in facts["roles"].items()}
-            with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {place}", FOREIGN):
-                session.program = capture(model, placed_call(example, module_device(model)), roles=roles)
-        if mask.fingerprint is None or not session.program.fits(mask.fingerprint):
-            raise MaskError(f"the plans in {folder} were made for another model than this {type(model).__name__}")
-        session.settings[setting] = Known(mask=mask, checks=checks, facts=kept_facts(facts), effort=effort)
-    install(pipe, component, session)
+    names, outcome, entries = read_settings(folder)
+    sessions = {
+        name: Session(
+            AcceleratedModel.without_plan(original_of(pipe, name)),
+            name,
+            outcome,
+            limits=Limits(),
+            backend=backend,
+            mode=mode,
+            progress=progress,
+        )
+        for name in denoisers_of(pipe, names)
+    }
+    for entry in entries:
+        if entry.component not in sessions:
+            raise MaskError(f"{folder / LIST} is damaged: {entry.component!r} is none of {names}")
+        _load_plan(folder, sessions[entry.component], entry)
+    install(pipe, joined(list(sessions.values())))
     return pipe
 
 
-def read_settings(folder: Path) -> tuple[str | None, Outcome, list[tuple[Setting, Path, str, Checks | None]]]:
-    """The list of plans in a folder: name of the denoiser, outcome, and of each plan setting, folder, effort and checks.
+def _load_plan(folder: Path, session: Session, entry: SavedSetting) -> None:
+    """Read the plan of one setting."""
+    model, place = session.model.original, entry.place
+    if place is None:
+        session.settings[entry.setting] = Known(unused=True)
+        return
+    mask, facts, example = load_plan(place)
+    facts = facts_of(place, mask, facts)
+    if session.program is None:
+        roles = {key.split(".")[0]: role for key, role in facts["roles"].items()}
+        with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {place}", FOREIGN):
+            session.program = capture(model, placed_call(example, module_device(model)), roles=roles)
+    if mask.fingerprint is None or not session.program.fits(mask.fingerprint):
+        raise MaskError(f"the plans in {folder} were made for another model than this {type(model).__name__}")
+    session.settings[entry.setting] = Known(mask=mask, checks=entry.checks, facts=kept_facts(facts), effort=entry.effort)
+
+
+@dataclass(frozen=True)
+class SavedSetting:
+    """What the list says of one setting.
+
+    Attributes:
+        component: name of the denoiser.
+        setting: of the pipeline.
+        place: folder of its plan; ``None`` if the denoiser is not called at this setting.
+        effort: that the plan was made with.
+        checks: of its full steps.
+    """
+
+    component: str
+    setting: Setting
+    place: Path | None
+    effort: str = "instant"
+    checks: Checks | None = None
+
+
+def read_settings(folder: Path) -> tuple[list[str], Outcome, list[SavedSetting]]:
+    """The list of plans in a folder: names of the denoisers, what was asked for, and all settings.
 
     Raises:
         MaskError: there is none, it is damaged, or a plan is not the one that it was written with.
     """
     data = _read(folder)
     with foreign_errors_as(MaskError, f"{folder / LIST} is damaged", FOREIGN):
-        entries = [
-            (Setting.from_data(x["setting"]), str(x["folder"]), x.get("plan"), str(x["effort"]), _checks_of(x["checks"]))
-            for x in data["settings"]
-        ]
+        names = [str(name) for name in data.get("components", [data["component"]])]
         outcome = Outcome(**{str(k): float(v) for k, v in data["outcome"].items()})
-        component = None if data["component"] is None else str(data["component"])
-    found = []
-    for setting, name, digest, effort, checks in entries:
-        if Path(name).name != name:
-            raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
-        place = folder / name
-        if digest is not None and (place / PLAN).is_file() and file_digest(place / PLAN) != digest:
-            raise MaskError(
-                f"the plan for {setting} in {place} is not the one that {folder / LIST} was written with; {FOREIGN}"
-            )
-        found.append((setting, place, effort, checks))
-    return component, outcome, found
+        return names, outcome, [_setting_of(folder, names, entry) for entry in data["settings"]]
+
+
+def _setting_of(folder: Path, names: list[str], entry: Mapping[str, Any]) -> SavedSetting:
+    component, setting = str(entry.get("component", names[0])), Setting.from_data(entry["setting"])
+    if entry.get("unused") is True:
+        return SavedSetting(component, setting, None)
+    name, digest = str(entry["folder"]), entry.get("plan")
+    if Path(name).name != name:
+        raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
+    place = folder / name
+    if digest is not None and (place / PLAN).is_file() and file_digest(place / PLAN) != digest:
+        raise MaskError(f"the plan for {setting} in {place} is not the one that {folder / LIST} was written with; {FOREIGN}")
+    return SavedSetting(component, setting, place, str(entry["effort"]), _checks_of(entry["checks"]))
 
 
 def _read(folder: Path) -> Any:

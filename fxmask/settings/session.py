@@ -31,13 +31,13 @@ from fxmask.frontend.modules import module_device
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.effort import Limits
-from fxmask.learning.instant.checks import fitted_checks, lanes_of
+from fxmask.learning.instant.parts import PartsLearner, learner_of
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.room import free_bytes
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.account import Account
-from fxmask.runtime.checks import Check, Checks
+from fxmask.runtime.checks import Checks
 from fxmask.runtime.history import History
 from fxmask.runtime.model import AcceleratedModel, given_roles
 from fxmask.runtime.variants import Variants
@@ -45,8 +45,11 @@ from fxmask.sampling.pipeline_trajectory import INTERRUPTED, PipelineTrajectory
 from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Sampler
 from fxmask.settings.better import better_mask
+from fxmask.settings.checked import checks_of
+from fxmask.settings.components import accelerated_in
 from fxmask.settings.key import Setting, setting_of
 from fxmask.settings.passing import record_in_passing
+from fxmask.settings.together import fit_together
 
 logger = logging.getLogger(__name__)
 MOST_SETTINGS = 16  # that are kept, those used last
@@ -73,6 +76,7 @@ class Known:
         variants: programs and plan; ``None`` until the second call.
         facts: about the sampler.
         refused: why it runs as it always did.
+        unused: the denoiser takes no step here.
         full: seconds of calls in full.
         fast: seconds of accelerated calls, those that compiled left out.
         calls: of the pipeline.
@@ -87,6 +91,7 @@ class Known:
     variants: Variants | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     refused: str | None = None
+    unused: bool = False
     full: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
     fast: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
     calls: int = 0
@@ -108,6 +113,11 @@ class Session:
         improve: ``"background"``: plans are made better in a thread of their own.
         every: one call in so many runs in full and is recorded, once there is a plan; 0: none.
         progress: show progress bars.
+
+    Attributes:
+        others: of the pipeline's other denoisers. One call of it is recorded for all, and one outcome is for all together.
+        shared: whether there are several.
+        replaced: what the accelerated denoiser was put in the place of.
     """
 
     def __init__(
@@ -134,6 +144,9 @@ class Session:
         self.background = improve == "background"
         self.settings: OrderedDict[Setting, Known] = OrderedDict()
         self.program: Program | None = None
+        self.others: list[Session] = []
+        self.shared = False
+        self.replaced: torch.nn.Module = model.original
         self._max_bytes = max_learning_bytes
         self._relatives: list[Variants] = []
         self._history = History()
@@ -175,31 +188,56 @@ class Session:
             args: of the call.
             kwargs: of the call.
         """
-        if INSIDE.get() or self.model.training or not self._is_in(pipe):
+        if INSIDE.get() or not all(part._is_in(pipe) for part in self.parts):
             return call(*args, **kwargs)
         token = INSIDE.set(True)
         try:
-            setting = setting_of(pipe, call, args, kwargs, self.model.original)
-            known = self._look_up(setting)
-            if known.refused is not None:
+            setting = self.setting_of(pipe, call, args, kwargs)
+            found = self._look_up_all(setting)
+            known = found[0][1]
+            if all(k.refused is not None or k.unused for _, k in found):
                 return call(*args, **kwargs)
-            if not known.runs and known.mask is None:
-                return self._record(pipe, call, args, kwargs, setting, known)
-            if known.variants is None:
-                self.plan(setting, known)
+            if all(not k.runs and k.mask is None for _, k in found):
+                self._say_new(setting)
+                return self._record(pipe, call, args, kwargs, setting)
+            self.plan_all(setting)
             known.calls += 1
-            if known.variants is None or known.refused is not None:
+            if all(k.variants is None or k.refused is not None for _, k in found):
                 return call(*args, **kwargs)
             if self.every and known.calls % self.every == 0:
-                return self._record(pipe, call, args, kwargs, setting, known)
-            return self._run(call, args, kwargs, setting, known)
+                return self._record(pipe, call, args, kwargs, setting)
+            return self._run(call, args, kwargs, setting)
         finally:
             INSIDE.reset(token)
 
+    @property
+    def parts(self) -> list[Session]:
+        """Of all denoisers of the pipeline, this one first."""
+        return [self, *self.others]
+
+    def setting_of(self, pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Setting:
+        """The setting of a call of the pipeline."""
+        return setting_of(pipe, call, args, kwargs, [part.model.original for part in self.parts])
+
+    def _look_up_all(self, setting: Setting) -> list[tuple[Session, Known]]:
+        return [(part, part._look_up(setting)) for part in self.parts]
+
+    def _say_new(self, setting: Setting) -> None:
+        """One line for a setting that nothing is known of."""
+        others = [known for other, known in self.settings.items() if other != setting]
+        level = logging.WARNING if others else logging.INFO
+        logger.log(level, "not seen before, so this call runs in full and is recorded; the next ones are fast: %s", setting)
+
     def _is_in(self, pipe: Any) -> bool:
         """Whether the pipeline still calls this model, and nothing moves its weights from call to call."""
-        if self.component is None or vars(pipe).get(self.component) is not self.model:
+        if self.component is None or self.model.training or accelerated_in(pipe, self.component) is not self.model:
             return False  # another denoiser was put in its place
+        if getattr(self.model.original, "_cache_config", None) is not None:
+            self._say(
+                f"enable_cache() was called on the {self.component} of this pipeline, so that cache is used, and no plan; call "
+                "disable_cache() on it to go back to the plans"
+            )
+            return False
         if "_hf_hook" not in vars(self.model):
             return True
         self._say(
@@ -224,6 +262,18 @@ class Session:
                     self._relatives.remove(old.variants)
             return known
 
+    def record(
+        self, pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Setting, str | None]:
+        """Make a call in full, to learn from it; the setting, and why nothing was recorded, if so."""
+        token = INSIDE.set(True)
+        try:
+            setting = self.setting_of(pipe, call, args, kwargs)
+            self._record(pipe, call, args, kwargs, setting, fits=False)
+        finally:
+            INSIDE.reset(token)
+        return setting, next((k.refused for _, k in self._look_up_all(setting) if k.refused is not None), None)
+
     def _record(
         self,
         pipe: Any,
@@ -231,25 +281,37 @@ class Session:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         setting: Setting,
-        known: Known,
+        *,
+        fits: bool = True,
     ) -> Any:
-        """Make a call in full, and keep what its denoiser did."""
+        """Make a call in full, and keep what its denoisers did."""
+        found = self._look_up_all(setting)
+        components = [part.component for part in self.parts]
+        room = self._room(found[0][1]) // len(found)
         began = time.perf_counter()
-        result, run = record_in_passing(pipe, call, args, kwargs, component=self.component, max_bytes=self._room(known))
-        known.full.append(time.perf_counter() - began)
-        with self._lock:
-            self._recorded += 1
-            if isinstance(run, str):
-                if not known.runs and run != INTERRUPTED:
-                    self._refuse(known, setting, run)
-                return result
-            known.runs.append(run)
-            self._forget_runs()
-            if len(known.runs) > 1:
-                self._fit_again(known)
+        result, runs = record_in_passing(pipe, call, args, kwargs, components=components, max_bytes=room)
+        found[0][1].full.append(time.perf_counter() - began)
+        for (part, known), run in zip(found, runs, strict=True):
+            with part._lock:
+                part._take(known, setting, run)
+        known = found[0][1]
+        if fits and len(known.runs) > 1:
+            with self._lock:
+                self._fit_again(known, found)
         if self.background:
             self._start_worker()
         return result
+
+    def _take(self, known: Known, setting: Setting, run: Sampler | str | None) -> None:
+        """Keep what was recorded of this denoiser."""
+        self._recorded += 1
+        known.unused = run is None
+        if isinstance(run, str):
+            if not known.runs and run != INTERRUPTED:
+                self._refuse(known, setting, run)
+        elif run is not None:
+            known.runs.append(run)
+            self._forget_runs()
 
     def _forget_runs(self) -> None:
         """Recorded runs take memory: they are kept of the settings that were used last, and until there is a plan."""
@@ -264,25 +326,26 @@ class Session:
             return self._max_bytes // KEPT_RUNS if known.runs else self._max_bytes
         return free_bytes(module_device(self.model.original)) // SHARE
 
-    def _run(
-        self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], setting: Setting, known: Known
-    ) -> Any:
-        """Make a call with the plan of its setting."""
-        variants = known.variants
-        assert variants is not None
-        self._notice_drift(setting, known)
-        if self._latest is not known:
-            self.model.adopt(variants, known.facts)
-            self._latest = known
-        graphs = sum(len(v.graphs) for v in variants.known)
+    def _run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], setting: Setting) -> Any:
+        """Make a call with the plans of its setting."""
+        planned = [(part, known, v) for part, known in self._look_up_all(setting) if (v := known.variants) is not None]
+        for part, known, variants in planned:
+            part._notice_drift(setting, known)
+            if part._latest is not known:
+                part.model.adopt(variants, known.facts)
+                part._latest = known
+        graphs = _count_graphs(planned)
         began = time.perf_counter()
-        with self.model.generation_of(variants, predicts=False) as generation:
+        with contextlib.ExitStack() as stack:
+            generations = [stack.enter_context(part.model.generation_of(v, predicts=False)) for part, _, v in planned]
             result = call(*args, **kwargs)
         seconds = time.perf_counter() - began
-        with self._lock:
-            self._accelerated += bool(generation.matched)
-            if sum(len(v.graphs) for v in variants.known) == graphs:
-                known.fast.append(seconds)
+        settled = _count_graphs(planned) == graphs
+        for (part, known, _), generation in zip(planned, generations, strict=True):
+            with part._lock:
+                part._accelerated += bool(generation.matched)
+                if settled and part is planned[0][0]:
+                    known.fast.append(seconds)
         return result
 
     def _notice_drift(self, setting: Setting, known: Known) -> None:
@@ -303,10 +366,25 @@ class Session:
 
     # Plans
 
+    def plan_all(self, setting: Setting) -> None:
+        """Make the plans of a setting, of all denoisers together."""
+        found = [(part, known) for part, known in self._look_up_all(setting) if not known.unused]
+        waiting = [(part, known) for part, known in found if known.mask is None and known.runs and known.refused is None]
+        if len(found) > 1 and waiting:
+            try:
+                fit_together(waiting, self.outcome)
+            except Exception as error:  # whatever it is, the user's image must not fail for it
+                logger.debug("no plans could be made", exc_info=True)
+                reason = str(error) if isinstance(error, FxmaskError) else f"no plan could be made: {_named(error)}"
+                for part, known in waiting:
+                    part._refuse(known, setting, reason)
+        for part, known in found:
+            part.plan(setting, known)
+
     def plan(self, setting: Setting, known: Known) -> None:
         """Make the plan of a setting from what was recorded of it."""
         with self._lock:
-            if known.variants is not None or known.refused is not None:
+            if known.variants is not None or known.refused is not None or (known.mask is None and not known.runs):
                 return
             try:
                 if known.mask is None:
@@ -316,13 +394,14 @@ class Session:
                 self._refuse(known, setting, str(error))
             except Exception as error:  # whatever it is, the user's image must not fail for it
                 logger.debug("no plan could be made", exc_info=True)
-                self._refuse(known, setting, f"no plan could be made of the recorded run: {type(error).__name__}: {error}")
+                self._refuse(known, setting, f"no plan could be made of the recorded run: {_named(error)}")
 
     def given_roles(self) -> dict[str, str]:
         """Roles that a later capture must be told."""
         return given_roles(self.program) if self.program is not None else {}
 
-    def _capture(self, run: PipelineTrajectory | Any) -> Program:
+    def captured(self, run: PipelineTrajectory | Any) -> Program:
+        """The program of this denoiser, captured now if it is the first run."""
         if self.program is None:
             with self._spending("capturing"):
                 self.program = capture(run.denoiser, run.calls[0][0], roles=run.roles)
@@ -330,13 +409,18 @@ class Session:
 
     def _fit(self, known: Known) -> None:
         run: Any = known.runs[-1]
-        program = self._capture(run)
+        program = self.captured(run)
         with self._spending("learning"):
-            learner = InstantLearner(list(known.runs), program)
-            known.plan = learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits))
-            known.facts = sampler_facts(run) or {}
-            known.mask = known.plan.mask(program, run, known.facts or None)
-            known.checks = checks_of(learner, known.plan, self.outcome.max_error)
+            learner = learner_of(list(known.runs), program)
+            plan = learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits))
+            self.keep(known, program, learner, plan)
+
+    def keep(self, known: Known, program: Program, learner: InstantLearner | PartsLearner, plan: InstantPlan) -> None:
+        """Take a plan for a setting."""
+        run, known.plan = known.runs[-1], plan
+        known.facts = sampler_facts(run) or {}
+        known.mask = plan.mask(program, run, known.facts or None)
+        known.checks = checks_of(learner, plan, self.outcome.max_error)
 
     def _use(self, known: Known) -> None:
         """Put the mask of a setting to use, beside those of others."""
@@ -365,13 +449,18 @@ class Session:
             with self._spending("compiling"), torch.no_grad():
                 variants.executor().compile_all(progress=self.progress)
 
-    def _fit_again(self, known: Known) -> None:
+    def _fit_again(self, known: Known, found: Sequence[tuple[Session, Known]]) -> None:
         """The plan of the recorded runs alone, with one more run: least squares in which older runs are forgotten."""
         if known.plan is None or known.effort != "instant":
             return
         try:
-            self._fit(known)
-            self._use(known)
+            if len(found) > 1:
+                fit_together([(part, k) for part, k in found if k.runs], self.outcome)
+            else:
+                self._fit(known)
+            for part, k in found:
+                if k.mask is not None:
+                    part._use(k)
         except FxmaskError:
             logger.debug("the plan stays as it is", exc_info=True)
 
@@ -389,6 +478,19 @@ class Session:
             self._seconds[what] += time.perf_counter() - began
 
     # Better plans
+
+    def improve_setting(self, setting: Setting, effort: str) -> str | None:
+        """Learn on what was recorded of a setting, by further calls of the denoisers; why it is not accelerated, if so."""
+        found = [(part, known) for part, known in self._look_up_all(setting) if not known.unused]
+        refused = next((known.refused for _, known in found if known.refused is not None), None)
+        for part, known in found:
+            if effort == "instant" or known.mask is None or known.refused is not None:
+                continue
+            try:
+                part._improve(known, effort)
+            except FxmaskError as error:
+                logger.warning("%s: the plan of recorded runs alone stays, since %s", setting, error)
+        return refused
 
     def improve(self, effort: str = "quick", **options: Any) -> bool:
         """Learn on the recorded runs of the setting that was used last; see ``AcceleratedModel.improve``."""
@@ -416,7 +518,7 @@ class Session:
             program,
             list(known.runs),
             mask,
-            self.outcome,
+            self._own_outcome(known),
             self.limits,
             effort=effort,
             **{"max_learning_bytes": self._max_bytes, "progress": self.progress, "backend": self.backend, **options},
@@ -429,6 +531,12 @@ class Session:
             known.mask, known.effort, known.checks = found, effort, None
             self._use(known)
         return True
+
+    def _own_outcome(self, known: Known) -> Outcome:
+        """What this denoiser's plan is to meet: of several, each keeps to the share that it was given."""
+        if not self.shared or known.variants is None:
+            return self.outcome
+        return Outcome(macs=min(1.0, 1 / known.variants.plan.mac_ratio))
 
     def _start_worker(self) -> None:
         with self._lock:
@@ -469,13 +577,18 @@ class Session:
             )
 
 
-def checks_of(learner: InstantLearner, plan: InstantPlan, max_error: float | None) -> Checks | None:
-    """Checks of a plan's full steps, for the runtime."""
-    found = fitted_checks(learner, plan)
-    if not found:
-        return None
-    run = learner.runs[-1]
-    alone = len(run.outputs[0]) == 1  # lanes that are called one by one are checked one by one
-    lanes = lanes_of(learner.responses[-1].mixing) if alone else (1.0,)
-    by_step = {c.step: Check(c.sources, c.coefficients, c.expected, c.share) for c in found}
-    return Checks(by_step, plan.error, lanes, max_error)
+def joined(sessions: Sequence[Session]) -> Session:
+    """The session of a pipeline with several denoisers: the first one's, which knows the others."""
+    first = sessions[0]
+    first.others = list(sessions[1:])
+    for session in sessions:
+        session.shared = len(sessions) > 1
+    return first
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _count_graphs(planned: Sequence[tuple[Session, Known, Variants]]) -> int:
+    return sum(len(v.graphs) for _, _, variants in planned for v in variants.known)

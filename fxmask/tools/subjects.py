@@ -16,7 +16,8 @@ from fxmask.ir.program import Program
 from fxmask.sampling.pipeline_trajectory import PipelineTrajectory, record_pipeline
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.trajectory import record
-from fxmask.settings.pipeline import denoiser_of, is_a_pipeline
+from fxmask.settings.components import denoisers_of, original_of
+from fxmask.settings.pipeline import is_a_pipeline
 from fxmask.tools.bench_cases import from_code, load_case
 from fxmask.tools.bench_shapes import SHAPES, diffusers_package
 from fxmask.tools.place import DTYPES, placed, require_device
@@ -47,7 +48,7 @@ class Subject:
     @property
     def component(self) -> str:
         """Name of the pipeline's denoiser."""
-        return denoiser_of(self.pipe)
+        return denoisers_of(self.pipe)[0]
 
     def with_calls(self, calls: Sequence[Mapping[str, Any]], prompts: Sequence[str], steps: int | None) -> Subject:
         """The same with other calls, where any are given, and so many steps in each.
@@ -145,7 +146,7 @@ def _of_pipeline(name: str, pipe: Any, rest: Sequence[Any], device: torch.device
     listed = (calls,) if isinstance(calls, Mapping) else tuple(calls)
     if not listed or not all(isinstance(call, Mapping) for call in listed):
         raise InputError(f"{name!r} returned a pipeline and {calls!r}, which is no call by name, nor a list of them")
-    return Subject(name, pipe, getattr(pipe, denoiser_of(pipe)), getattr(pipe, "scheduler", None), {}, listed)
+    return Subject(name, pipe, original_of(pipe, denoisers_of(pipe)[0]), getattr(pipe, "scheduler", None), {}, listed)
 
 
 def _of_model(name: str, model: Any, rest: Sequence[Any], device: torch.device, dtype: torch.dtype | None) -> Subject:

@@ -4,8 +4,8 @@
 
 The sigma says which step it is. A run begins where sigma rises. The first run at a schedule is made in full, and its sigmas are
 noted down; when the next one begins, a plan is made: one more run is sampled (Euler steps over the same sigmas) and recorded.
-Inside of ``apply_model`` the accelerated denoiser stands in for ``diffusion_model``. Calls with and without the prompt may come
-in one batch, in either order, or one by one: each has caches of its own. With patches, a ControlNet, or sigmas that do not fall,
+Inside of ``apply_model`` the accelerated denoiser stands in for ``diffusion_model``. Calls with and without the prompt may
+come in one batch, in either order, or one by one: each has caches of its own. With patches, a ControlNet, or sigmas that rise,
 the original runs.
 """
 

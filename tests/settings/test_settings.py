@@ -243,8 +243,6 @@ def test_a_pipeline_refuses_what_is_for_models() -> None:
     pipe, _ = small()
     with pytest.raises(fxmask.InputError, match="has a scheduler of its own"):
         fxmask.accelerate(pipe, pipe.scheduler)
-    with pytest.raises(fxmask.InputError, match=r"improve\(effort='quick'\)"):
-        fxmask.accelerate(pipe, effort="quick")
     with pytest.raises(fxmask.InputError, match="component='vea' is no module"):
         fxmask.accelerate(pipe, component="vea")
     with pytest.raises(fxmask.InputError, match="no plan yet"):

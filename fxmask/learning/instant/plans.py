@@ -153,7 +153,7 @@ class InstantLearner:
         for rule in self.rules(simplest=keeps is not None):
             tried = [(spaced(self.steps, count, bend), False) for bend in BENDS]
             if self.steps <= LONG:
-                tried.append((self._placement(replace(rule, sources=3), moments).best(count), True))
+                tried.append((self.placement(replace(rule, sources=3)).best(count), True))
             for computed, placed in tried:
                 terms = fitted(moments, rule, computed)
                 error = moments.error(deviation_of(moments, terms))
@@ -174,9 +174,10 @@ class InstantLearner:
 
         return sorted(judged, key=likely)
 
-    def _placement(self, rule: Rule, moments: Moments) -> Placement:
+    def placement(self, rule: Rule) -> Placement:
+        """Where full steps are best by a rule."""
         if rule not in self._placements:
-            self._placements[rule] = Placement(moments, rule)
+            self._placements[rule] = Placement(self.moments, rule)
         return self._placements[rule]
 
     def _judged(self, plan: InstantPlan) -> InstantPlan:

@@ -133,15 +133,9 @@ def _learn_paper(subject: Subject, outcome: Mapping[str, Any], given: Mapping[st
 def learn_pipeline(
     subject: Subject, outcome: Mapping[str, Any], effort: str, seed: int, progress: bool
 ) -> tuple[AcceleratedModel, Any]:
-    """Record every call once, and learn from that; the accelerated denoiser and the pipeline."""
-    pipe = accelerate(subject.pipe, progress=progress, **outcome)
-    for k, call in enumerate(subject.calls):
-        pipe(**{**call, "generator": seeded(seed + k)})
-    pipe(**{**subject.calls[-1], "generator": seeded(seed + len(subject.calls))})  # the second call makes the plan
-    model = accelerated_of(pipe)
-    if effort != "instant":
-        model.improve(effort, seed=seed)
-    return model, pipe
+    """Record the calls, and learn from them; the accelerated denoiser and the pipeline."""
+    pipe = accelerate(subject.pipe, example_calls=list(subject.calls), effort=effort, seed=seed, progress=progress, **outcome)
+    return accelerated_of(pipe), pipe
 
 
 def measured_on(subject: Subject, target: Any, seed: int, count: int, steps: int | None) -> Quality:

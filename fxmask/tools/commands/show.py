@@ -100,9 +100,12 @@ def read_plans(folder: Path) -> list[Saved]:
         mask, facts, _ = load_plan(folder)
         return [Saved("", mask, facts_of(folder, mask, facts))]
     found = []
-    for setting, place, _, _ in read_settings(folder)[2]:
-        mask, facts, _ = load_plan(place)
-        found.append(Saved(str(setting), mask, facts_of(place, mask, facts)))
+    names, _, entries = read_settings(folder)
+    for entry in entries:
+        if entry.place is not None:
+            mask, facts, _ = load_plan(entry.place)
+            title = f"{entry.component}: {entry.setting}" if len(names) > 1 else str(entry.setting)
+            found.append(Saved(title, mask, facts_of(entry.place, mask, facts)))
     return found
 
 
