@@ -240,8 +240,8 @@ class Vocoder(Pixels):
 
 
 @kind(
-    second={"prompt_embeds": noise(2, 7, 16, seed=2)},
-    unguided=None,
+    second={"prompt_embeds": noise(1, 7, 16, seed=2)},
+    unguided={"guidance_scale": 1.0},
     batch={"num_waveforms_per_prompt": 2},
     larger={"audio_length_in_s": 1.024},
 )
@@ -261,7 +261,7 @@ def audioldm2() -> Built:
         "text_encoder": Named(),
         "text_encoder_2": Named(),
         "projection_model": None,
-        "language_model": None,
+        "language_model": Named(),
     }
     parts |= {"tokenizer": None, "tokenizer_2": None, "feature_extractor": None}
     pipe = diffusers.AudioLDM2Pipeline(Pixels(), **parts, unet=model, scheduler=ddim(), vocoder=Vocoder())
