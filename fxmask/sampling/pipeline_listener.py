@@ -68,7 +68,8 @@ class PipelineListener:
         self.prologue: list[HeardCall] = []
         self.steps: list[list[HeardCall]] = []
         self.scheduler: Any = None
-        self.stepping: Any = None  # the scheduler that stepped first; others follow it, e.g. for sound beside pictures
+        # The scheduler that steps first after the denoiser's first call; others follow it, e.g. for sound beside pictures.
+        self.stepping: Any = None
         self.step_kwargs: dict[str, Any] = {}
         self.step_timesteps: list[Any] = []
         self.num_scheduler_steps = 0
@@ -140,6 +141,8 @@ class PipelineListener:
         if first or names:
             self._own = self._close(names)
         opening = opening and self._own
+        if opening and scheduler is not self.stepping:  # another sampling loop came before this one
+            self._begin(scheduler, names)
         given = list(inspect.signature(step).bind(*args, **kwargs).arguments.items())
         if self._own and (opening or names):
             self.step_timesteps.append(given[1][1] if len(given) > 1 else None)

@@ -197,7 +197,8 @@ class PipelineReplay:
         """Step; after the last step, end the pipeline."""
         if self._closed:
             raise _Closed
-        self._stepping = scheduler if self._stepping is None else self._stepping
+        if self._stepping is None and self._calls:
+            self._stepping = scheduler
         result = step(*args, **kwargs)
         if scheduler is self._stepping:
             self._final = first_tensor(result)

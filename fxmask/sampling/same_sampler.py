@@ -7,6 +7,7 @@ Where a pipeline hands it sigmas of its own, or a shift by the image's size, con
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,17 @@ def scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """A scheduler's class and configuration."""
     config = getattr(scheduler, "config", None)
     items = dict(config).items() if isinstance(config, Mapping) else ()
-    plain = {key: json.loads(json.dumps(value, default=repr)) for key, value in items if not key.startswith("_")}
+    plain = {key: _finite(json.loads(json.dumps(value, default=repr))) for key, value in items if not key.startswith("_")}
     return {"class": type(scheduler).__name__, "config": plain}
+
+
+def _finite(value: Any) -> Any:
+    """The same with the names of infinities, which JSON cannot hold: some schedulers' bounds are infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return {k: _finite(x) for k, x in value.items()} if isinstance(value, dict) else value
 
 
 def sampler_facts(run: Any) -> dict[str, Any] | None:

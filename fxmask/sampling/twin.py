@@ -51,7 +51,8 @@ def make_twin(pipe: Any, watcher: _Watcher | None, memo: dict[int, Any] | None =
     twin = object.__new__(type(pipe))
     memo[id(pipe)] = twin
     twin.__dict__.update(pipe.__dict__)
-    for name, value in pipe.__dict__.items():
+    # Its own parts first, so that they have the names that they have here.
+    for name, value in sorted(pipe.__dict__.items(), key=lambda item: is_pipeline(item[1]) and not isinstance(item[1], Module)):
         if id(value) not in memo:
             if isinstance(value, Module):
                 memo[id(value)] = unwrapped(value) if watcher is None else _watched_module(value, prefix + name, watcher)

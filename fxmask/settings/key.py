@@ -19,9 +19,10 @@ from fxmask.sampling.twin import is_scheduler
 # Of an image, rather than of how it is sampled.
 OF_THE_IMAGE = frozenset(
     "num_images_per_prompt num_videos_per_prompt num_waveforms_per_prompt batch_size output_type return_dict callback_steps "
-    "clean_caption class_labels seed generator".split()
+    "clean_caption class_labels seed".split()
 )
 SCHEDULES = ("timesteps", "sigmas")  # lists of numbers that say how it is sampled
+TRUE_GUIDANCE = "true_cfg_scale"
 SIZED = ("image", "latents", "mask_image", "control_image", "video")
 
 
@@ -52,8 +53,8 @@ class Setting:
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Setting:
         """From what ``to_data`` made."""
-        arguments = tuple((str(n), _frozen(v)) for n, v in data["arguments"] if n not in OF_THE_IMAGE)
-        return cls(arguments, str(data["scheduler"]), str(data["adapters"]))
+        given = tuple((str(n), _frozen(v)) for n, v in data["arguments"] if v is not None)
+        return cls(given, str(data["scheduler"]), str(data["adapters"]))
 
 
 MAIN = ("num_inference_steps", "height", "width", "guidance_scale", "eta", "strength", "num_frames")
@@ -101,7 +102,9 @@ def _plain_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in named.items():
         if name in OF_THE_IMAGE or name.startswith("callback"):
             continue
-        if value is None or isinstance(value, (bool, int, float)):
+        if value is None:  # or not given: what is not plain, as a generator, is not told apart from none
+            continue
+        if isinstance(value, (bool, int, float)):
             found[name] = value
         elif name in SCHEDULES and hasattr(value, "__iter__"):
             found[name] = tuple(float(x) for x in value)
@@ -109,6 +112,8 @@ def _plain_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
             size = _size_of(value)
             if size is not None:
                 found[f"size of {name}"] = size
+    if TRUE_GUIDANCE in named:  # there, guidance needs something to guide away from
+        found["negative"] = any(x is not None for name, x in named.items() if name.startswith("negative_"))
     return found
 
 
