@@ -173,16 +173,21 @@ def _name_rows(blocks: Sequence[str], axes: Any, height: float) -> None:
 def grouped(blocks: Sequence[str], most: int) -> list[tuple[int, int, str]]:
     """Neighbours that share the beginning of their names: first row, last row, name. At most so many, where possible.
 
-    The longest beginnings are taken that are few enough; if even the shortest are too many, neighbours are put together.
+    The longest beginnings are taken that are few enough. Where these are very few, neighbours of the next longer ones are put
+    together instead.
     """
+    finer: list[list[int]] = [[b] for b in range(len(blocks))]
     for length in range(max((name.count(".") + 1 for name in blocks), default=1), 0, -1):
         names = [_beginning(name, length) for name in blocks]
         rows = [list(part) for _, part in itertools.groupby(range(len(blocks)), names.__getitem__)]
-        if len(rows) <= most:
+        if len(rows) <= most and (len(rows) >= most // 4 or len(finer) <= most):
             return [(part[0], part[-1], _group_name(blocks, part, length)) for part in rows]
-    size = -(-len(rows) // most)
-    packs = [list(itertools.chain(*rows[k : k + size])) for k in range(0, len(rows), size)]
-    return [(part[0], part[-1], f"{_beginning(blocks[part[0]], 1)} ... ({len(part)})") for part in packs]
+        if len(rows) <= most:
+            break
+        finer = rows
+    size = -(-len(finer) // most)
+    packs = [list(itertools.chain(*finer[k : k + size])) for k in range(0, len(finer), size)]
+    return [(part[0], part[-1], f"{blocks[part[0]]} ... ({len(part)})") for part in packs]
 
 
 def _group_name(blocks: Sequence[str], rows: Sequence[int], length: int) -> str:

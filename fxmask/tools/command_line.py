@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -177,7 +178,8 @@ class Interruption:
 def noticing_interrupts() -> Iterator[Interruption]:
     """Inside, Ctrl-C is as ever, and noted: learning ends at it and returns the best plan so far."""
     noted = Interruption()
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background of a shell
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield noted
         return
 
@@ -216,5 +218,7 @@ def in_one_line(error: BaseException) -> str:
 
 def quiet_libraries() -> None:
     """Messages of other libraries that say nothing about what was asked for."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")  # read when they are imported
     for name in ("diffusers", "transformers", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

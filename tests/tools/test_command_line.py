@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def saved(code: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("saved") / "plans")
     assert cli.main(["learn", f"{code}:pipe", "--steps", "6", "--effort", "instant", "--output", folder, *EAGER, "--json"]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -253,6 +262,7 @@ def test_a_heat_map_of_many_blocks_fits_a_terminal() -> None:
     lines = heat_map_text(fxmask.Mask(compute, tuple(range(250, 0, -1)), names)).plain.splitlines()
     assert len(lines) <= 41
     assert max(map(len, lines)) <= 150
+    assert len(lines) > 20
     assert set(lines[0].split()[-1]) == {"█"}
     assert set(lines[-2].split()[-1][1:]) == {"·"}
 

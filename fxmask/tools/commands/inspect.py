@@ -74,10 +74,10 @@ def facts_of_program(program: Program, subject: Subject, run: Sampler | None) ->
 def _show(program: Program, facts: dict[str, Any], top: int) -> None:
     lanes = facts["lanes"]
     head = {
-        "denoiser": f"{facts['model']}, {human_count(facts['parameters'])}parameters",
+        "denoiser": f"{facts['model']}, {human_count(facts['parameters']).strip()} parameters",
         "pipeline": facts["pipeline"] and f"{facts['pipeline']}.{facts['component']}",
-        "MACs of a call": f"{human_count(program.macs)}MACs at batch {program.batch_size}, of these "
-        f"{human_count(program.attention_macs)}MACs in attention",
+        "MACs of a call": f"{human_count(program.macs).strip()} at batch {program.batch_size}, "
+        f"{human_count(program.attention_macs).strip()} of these in attention",
         "lanes": lanes and f"{lanes}: the denoiser is called {'once' if lanes == 1 else f'{lanes} times'} in each step",
         "skippable": f"{program.coverage(('branch',)):.1%} of the MACs in branches, {program.coverage():.1%} with stages",
         "arguments": ", ".join(f"{leaf} ({role})" for leaf, role in program.roles.items()),

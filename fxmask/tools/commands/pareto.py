@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +88,4 @@ def pareto_command(
 
 
 def _to_dict(point: ParetoPoint) -> dict[str, Any]:
-    return {name: value for name, value in asdict(point).items() if name != "mask"}
+    return {name: value for name, value in vars(point).items() if name != "mask"}
