@@ -16,7 +16,7 @@ from fxmask.metrics import psnr, relative_error
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.runtime.quality import MEASURED, Quality, digest_of_mask
 from fxmask.sampling.sampler import Sampler
-from fxmask.sampling.twin import make_twin
+from fxmask.sampling.twin import hide_progress, make_twin
 from fxmask.settings.pipeline import accelerated_of, is_a_pipeline
 from fxmask.timing import timed
 
@@ -97,6 +97,7 @@ def _of_pipeline(pipe: Any, calls: Sequence[Any], fewer_steps: bool) -> Quality:
     if wrong is not None:
         raise InputError(f"measuring a pipeline needs calls by name, got {type(wrong).__name__}; e.g. {{'prompt': 'a cat'}}")
     plain, accelerated = make_twin(pipe, None), accelerated_of(pipe)
+    hide_progress(plain)
     made(pipe, calls[0])  # plans and compiles
     fast, full = _in_turns(lambda call: made(pipe, call), lambda call: made(plain, call), calls)
     steps = calls[0].get(STEPS, inspect.signature(type(pipe).__call__).parameters[STEPS].default)
