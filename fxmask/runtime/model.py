@@ -300,6 +300,8 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         if private.model.training or private.variants is None or private.bind is None or self._caches_otherwise:
             return private.model(*args, **kwargs)
+        if private.variants.background is not None and private.variants.is_waiting(private.bind(args, kwargs)):
+            return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
         with torch.no_grad() if recording else NOTHING:
             followed = generation.follow(args, kwargs, recording)
@@ -348,8 +350,17 @@ class AcceleratedModel(torch.nn.Module):
             inferred.start_again()
         return inferred
 
-    def compile_all(self, *, progress: bool = True) -> AcceleratedModel:
-        """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""
+    def compile_all(self, *, progress: bool = True, background: bool = False) -> AcceleratedModel:
+        """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``.
+
+        Args:
+            progress: show a bar.
+            background: in a thread of its own. The original answers until that is over, and to the end of the run in which it
+                is; the next run follows the plan.
+        """
+        if background:
+            self._fxmask.planned.compile_in_background(progress=progress)
+            return self
         with torch.no_grad():
             self.executor.compile_all(progress=progress)
         return self

@@ -29,6 +29,7 @@ from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.passes.rectify import rectify
+from fxmask.runtime.background import Background
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
@@ -40,6 +41,7 @@ from fxmask.runtime.warn import Warner
 logger = logging.getLogger(__name__)
 NOTHING = contextlib.nullcontext()
 MOST_VARIANTS = 16  # that are kept, the ones used last
+NEAR = 5e-3  # of the largest timestep: a timestep in half precision is no other one
 MOST_REFUSED = 64  # forms of call that the model could not be captured for, and that are remembered
 MOST_VALUES = 6  # of one attribute or argument that the model is captured for; a value that never settles is not followed
 
@@ -141,6 +143,7 @@ class Variants:
         self.backend = backend
         self.mode = mode
         self.loaded = compiler is not None
+        self.background: Background | None = None
         self.warn = Warner()
         self.history = history if history is not None else History()
         self.checks = checks
@@ -181,6 +184,28 @@ class Variants:
         if variant is None:
             raise CaptureError("the model cannot be captured any more as it is now; accelerate it again")
         return variant.executor(self.plan.start)
+
+    def compile_in_background(self, *, progress: bool) -> None:
+        """Compile the step graphs of the captured form of call in a thread of its own, while the original answers."""
+        executor = self.executor()
+        self.background = Background(lambda: executor.compile_all(progress=progress))
+
+    def is_waiting(self, bound: BoundCall) -> bool:
+        """Whether the original must answer a call: step graphs compile in the background, or the run began while they did."""
+        if self.background is None:
+            return False
+        if not self.background.is_over or not self._is_first(bound.timestep):
+            return True
+        self.background = None
+        return False
+
+    def _is_first(self, timestep: Any) -> bool:
+        """Whether a timestep is the one that runs begin with. Waits for the device."""
+        if timestep is None:
+            return True
+        timesteps = self.plan.mask.timesteps
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        return abs(value - timesteps[self.plan.start]) <= NEAR * max(map(abs, timesteps))
 
     def followed(self) -> None:
         """A call followed the plan: what kept others from it is news again."""

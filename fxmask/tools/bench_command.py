@@ -33,7 +33,7 @@ writes bench.md, bench.json, environment.json, bench.png and traces. MODEL is on
 
 \b
 - file.py:function or package.module:function; the function takes nothing, or some of batch, device and dtype, and returns the
-  denoiser, or the denoiser and a dict of the arguments of one call;
+  denoiser, or the denoiser and a dict of the arguments of one call; or a pipeline, or a pipeline and the arguments of a call;
 - dit-xl-2, pixart-sigma-1024, sdxl or flux: that shape, with random weights; gpu: all of these;
 - a folder or a name on the hub (owner/name) of a diffusers model or pipeline, with its weights.
 

@@ -22,6 +22,7 @@ from fxmask.storage.plans import facts_of, load_plan
 from fxmask.tools.command_line import AS_JSON, Command, Picture, as_json, console, options, printed
 
 MARKS = {COMPUTED: ("█", "blue"), BLENDED: ("▓", "blue"), FORECAST: ("▒", "cyan"), 0: ("·", "bright_black")}
+PLAIN = {state: (letter, MARKS[state][1]) for state, letter in ((COMPUTED, "#"), (BLENDED, "%"), (FORECAST, "+"), (0, "."))}
 WIDE = 100  # characters of a row of the map; beyond that, several steps share one
 ROWS = 40
 PICTURES = (
@@ -122,6 +123,7 @@ def show_plan(plan: Saved) -> None:
 def heat_map_text(mask: Mask, rows: int = ROWS) -> Text:
     """A row for a block or a few neighbours, a character for a step or a few; what occurs most in them is shown."""
     states, text = states_of(mask), Text()
+    marks = MARKS if console().encoding.lower().startswith("utf") else PLAIN
     every = -(-mask.num_steps // WIDE)
     groups = grouped(mask.blocks, rows) if len(mask.blocks) > rows else [(b, b, x) for b, x in enumerate(mask.blocks)]
     width = max(len(name) for _, _, name in groups)
@@ -129,8 +131,8 @@ def heat_map_text(mask: Mask, rows: int = ROWS) -> Text:
         text.append(f"{name:>{width}} ")
         for k in range(0, mask.num_steps, every):
             state = int(states[first : last + 1, k : k + every].flatten().mode().values)
-            text.append(MARKS[state][0], style=MARKS[state][1])
+            text.append(marks[state][0], style=marks[state][1])
         text.append("\n")
     found = sorted(set(states.flatten().tolist()), reverse=True)
-    text.append(" " * (width + 1) + "  ".join(f"{MARKS[k][0]} {STATES[k]}" for k in found))
+    text.append(" " * (width + 1) + "  ".join(f"{marks[k][0]} {STATES[k]}" for k in found))
     return text
