@@ -36,8 +36,8 @@ def load_case(
     Args:
         case: ``"file.py:function"`` or ``"package.module:function"``: the function takes nothing, or some of ``batch``,
             ``device`` and ``dtype``, and returns the model, or the model and a dict of arguments; missing arguments are
-            inferred; or a pipeline, or a pipeline and a call, of which it is the denoiser. Or the name of a shape (``SHAPES``), with random weights. Or a folder or a name on the hub of a diffusers
-            model or pipeline, with its weights.
+            inferred; or a pipeline, or a pipeline and a call, of which it is the denoiser. Or the name of a shape (``SHAPES``),
+            with random weights. Or a folder or a name on the hub of a diffusers model or pipeline, with its weights.
         batch: B; that of the call if not given.
         device: on which shapes are built, and to which others go.
         dtype: in which it is built; as it is if not given.
