@@ -17,6 +17,7 @@ from fxmask.runtime.model import AcceleratedModel
 from fxmask.runtime.quality import MEASURED, Quality, digest_of_mask
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.twin import hide_progress, make_twin
+from fxmask.settings.key import SCHEDULES
 from fxmask.settings.pipeline import accelerated_of, is_a_pipeline
 from fxmask.timing import timed
 
@@ -100,12 +101,20 @@ def _of_pipeline(pipe: Any, calls: Sequence[Any], fewer_steps: bool) -> Quality:
     hide_progress(plain)
     made(pipe, calls[0])  # plans and compiles
     fast, full = _in_turns(lambda call: made(pipe, call), lambda call: made(plain, call), calls)
-    steps = calls[0].get(STEPS, inspect.signature(type(pipe).__call__).parameters[STEPS].default)
-    steps = max(1, round(steps / accelerated.plan.mac_ratio))
+    steps = _steps_of(pipe, calls[0])
     fewer = None
-    if fewer_steps:
+    if fewer_steps and steps is not None:
+        steps = max(1, round(steps / accelerated.plan.mac_ratio))
         fewer = _unless_refused(lambda: [made(plain, {**call, STEPS: steps}) for call in calls])
     return _quality(accelerated, [x for _, x in fast], [x for _, x in full], fewer, steps, 1.0, (fast, full))
+
+
+def _steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:
+    """How many steps a call says that it has; ``None`` where it says so by a schedule of its own, or not at all."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(STEPS)
+    steps = call.get(STEPS, None if parameter is None else parameter.default)
+    given = [name for name in SCHEDULES if call.get(name) is not None]
+    return steps if isinstance(steps, int) and not given else None
 
 
 def made(pipe: Any, call: Mapping[str, Any]) -> torch.Tensor:
@@ -151,7 +160,7 @@ def _quality(
     samples: Sequence[torch.Tensor],
     references: Sequence[torch.Tensor],
     fewer: Sequence[torch.Tensor] | None,
-    steps: int,
+    steps: int | None,
     data_range: float,
     seconds: tuple[Timed, Timed],
 ) -> Quality:
