@@ -320,3 +320,13 @@ def test_interrupted_before_there_is_a_plan(
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "plans").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_bench_takes_what_a_function_returns(code: str) -> None:
+    """A pipeline, or a denoiser with its scheduler: it is the denoiser that is measured, on a call of its own."""
+    from fxmask.tools.bench_cases import load_case
+
+    for name in ("pipe", "pair", "alone"):
+        model, call = load_case(f"{code}:{name}")
+        assert type(model).__name__ == "UNet2DModel"
+        assert ("sample" in call) == (name == "pipe")
