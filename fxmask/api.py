@@ -17,15 +17,16 @@ from fxmask.errors import InputError, MaskError
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.frontend.capture import capture
 from fxmask.frontend.examples import ExampleInputs
-from fxmask.frontend.modules import module_device, module_dtype, require_denoiser
+from fxmask.frontend.modules import module_device, module_dtype, require_denoiser, require_eval
 from fxmask.ir.calls import Signature
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import ParetoPoint
 from fxmask.learning.effort import EFFORTS, Limits
-from fxmask.learning.instant.parts import learner_of
-from fxmask.learning.instant.plans import formed_share, keeper
+from fxmask.learning.instant.levels import ReuseErrors, ReusePlan, best_plan, probed, reuses_of
+from fxmask.learning.instant.parts import PartsLearner, learner_of
+from fxmask.learning.instant.plans import InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.learner import learn_paper
 from fxmask.learning.paper.options import PaperOptions
@@ -44,12 +45,11 @@ from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.schedulers import require_scheduler
 from fxmask.sampling.trajectory import record
 from fxmask.settings.checked import checks_of
-from fxmask.settings.components import denoisers_of, original_of
-from fxmask.settings.example_calls import checked_calls, checked_steps, learn_from_calls
-from fxmask.settings.pipeline import install, is_a_pipeline, session_of
+from fxmask.settings.pipeline import is_a_pipeline, session_of
 from fxmask.settings.pipeline import restore as restore_pipeline
 from fxmask.settings.saved import load_settings, save_settings
-from fxmask.settings.session import Session, joined
+from fxmask.settings.session import Session
+from fxmask.settings.start import accelerate_pipeline
 from fxmask.storage.about import LEARNED, kept_facts
 from fxmask.storage.card import Entry, write_card
 from fxmask.storage.differences import differences
@@ -64,7 +64,6 @@ logger = logging.getLogger(__name__)
 RECORDED_BATCH = 8
 RECORDED_RUNS = 4  # to learn from; the last quarter is kept for the final comparison. With many ranks, two for each
 STEPS = 50  # that a sampler takes, where nothing is said
-EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
 LEARNERS = ("default", "paper")
 COSTS = ("macs", "latency")
 
@@ -163,7 +162,7 @@ def accelerate(
     _check_choice("effort", effort, ("instant", *EFFORTS))
     _check_choice("cost", cost, COSTS)
     if is_a_pipeline(model):
-        return _accelerate_pipeline(
+        return accelerate_pipeline(
             model,
             scheduler,
             outcome,
@@ -188,7 +187,7 @@ def accelerate(
             seed=seed,
             progress=progress,
         )
-    model = _denoiser(model)
+    model = require_eval(model)
     for_pipelines = {"component": component is not None, "improve": improve is not None, "every": bool(every)}
     for_pipelines["example_calls"] = example_calls is not None
     named = [name for name, given in for_pipelines.items() if given]
@@ -300,66 +299,25 @@ def save(model: Any, folder: str | Path) -> None:
         save_settings(session_of(model), Path(folder))
 
 
-def _accelerate_pipeline(
-    pipe: Any,
-    scheduler: Any,
-    outcome: Outcome,
-    *,
-    refused: Mapping[str, bool],
-    example_calls: Any,
-    num_inference_steps: Any,
-    effort: str,
-    limits: Limits,
-    max_learning_bytes: int | None,
-    backend: str,
-    mode: str | None,
-    component: str | Sequence[str] | None,
-    improve: str | None,
-    every: int,
-    seed: int,
-    progress: bool,
-) -> Any:
-    """Put accelerated denoisers into a pipeline, with plans if there are calls to learn from."""
-    if improve not in (None, "background"):
-        raise InputError(f"improve={improve!r} is unknown; pass 'background', or leave it out")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
-        raise InputError(f"every={every!r} must be 0, or a whole number from 2 on: one call in so many runs in full")
-    named = [name for name, given in {**refused, "scheduler": scheduler is not None}.items() if given]
-    if named:
-        raise InputError(f"{named} is for a model; a pipeline has a scheduler of its own, and its plans are made of its calls")
-    calls, steps = checked_calls(example_calls), checked_steps(num_inference_steps)
-    sessions = []
-    for name in denoisers_of(pipe, component):
-        model = _denoiser(original_of(pipe, name))
-        get_backend(backend).capturer_for(module_device(model))
-        options: dict[str, Any] = {"max_learning_bytes": max_learning_bytes, "improve": improve, "progress": progress}
-        options["every"] = every or (EVERY if improve else 0)
-        plain = AcceleratedModel.without_plan(model)
-        sessions.append(Session(plain, name, outcome, limits=limits, backend=backend, mode=mode, **options))
-    install(pipe, joined(sessions))
-    if calls is not None or effort != "instant":
-        try:
-            learn_from_calls(pipe, sessions[0], calls, steps, effort, seed)
-        except KeyboardInterrupt:
-            if not any(part.model.has_plan for part in sessions):
-                restore_pipeline(pipe)
-                raise
-            logger.warning("learning was interrupted; the plans that were made until then are used")
-        except BaseException:
-            restore_pipeline(pipe)
-            raise
-    return pipe
-
-
 def _fit_at_once(
     program: Program, runs: Sequence[Sampler], outcome: Outcome, limits: Limits, cost: str, backend: str
 ) -> tuple[Mask, Checks | None]:
-    """The plan of recorded runs alone."""
+    """The plan of recorded runs alone; where the sampler injects noise, and of a few further calls."""
     prices = None
     if cost == "latency":
         prices = per_step(program, measure_latency(program, backend))
     learner = learner_of(runs, program)
-    plan = learner.best(outcome, formed_share(program, prices), keeper(program, runs[0], limits))
+    share, keeps = formed_share(program, prices), keeper(program, runs[0], limits)
+    plan: InstantPlan | ReusePlan = learner.best(outcome, share, keeps)
+    reuses = reuses_of(program, outcome, prices) if runs[-1].stochastic else []
+    if (
+        reuses
+        and not isinstance(learner, PartsLearner)
+        and isinstance(plan, InstantPlan)
+        and len(plan.computed) < learner.steps
+    ):
+        errors = ReuseErrors(learner, probed(program, learner, plan, reuses), fresh=False)
+        plan = best_plan(learner, outcome, share, reuses, errors, keeps)
     return plan.mask(program, runs[0], sampler_facts(runs[0])), checks_of(learner, plan, outcome.max_error)
 
 
@@ -664,14 +622,6 @@ def _learned_facts(
     how = {"learner": learner} if learner != "default" else {"effort": effort}
     facts = {"runs": len(runs), "images": sum(run.batch_size for run in runs), "seeds": list(seeds), **how, "asked": asked}
     return {**facts, **({"cost": cost} if cost != "macs" else {})}
-
-
-def _denoiser(model: Any) -> torch.nn.Module:
-    """The denoiser that is meant."""
-    denoiser = require_denoiser(model)
-    if denoiser.training:
-        raise InputError(f"{type(denoiser).__name__} is in training mode; call model.eval() first")
-    return denoiser
 
 
 def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], mask: Mask, scheduler: Any) -> None:

@@ -1,6 +1,6 @@
 """What learning makes of one, two, four or eight recorded images: instant plans, quick and default effort, fewer steps.
 
-    python examples/studies/few_images.py [--families ldm pixart ...] [--images 1 2 4 8] [--default] [--minutes M] [--write]
+    python examples/studies/few_images.py [--families ldm ...] [--images 1 2 4 8] [--default] [--device cuda] [--write]
 
 The shipped latent U-Net and PixArt at guidance 4, and the DiT at 1.5 and 4, each through its diffusers pipeline, with DDIM and
 20 steps. Every recorded image is a call of the pipeline; plans for 1.5x and 2x are made of these and judged on 32 fresh images,
@@ -30,6 +30,7 @@ from digits import captions_of, load_model, load_pipeline, load_scheduler
 import fxmask
 from fxmask.learning.instant.plans import InstantLearner, formed_share
 from fxmask.learning.outcome import Outcome
+from fxmask.tools.place import require_device
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FAMILIES = {"ldm": ("ldm", 4.0), "pixart": ("pixart", 4.0), "dit-1.5": ("dit", 1.5), "dit-4": ("dit", 4.0)}
@@ -57,10 +58,11 @@ def pipeline_of(name: str) -> tuple[Any, Callable[[int, int], dict[str, Any]]]:
     return pipe, arguments
 
 
-def recorder(family: str) -> Record:
+def recorder(family: str, device: torch.device) -> Record:
     """Records calls of a family's pipeline: (images, seed, steps) -> trajectory."""
     name, guidance = FAMILIES[family]
     pipe, arguments = pipeline_of(name)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def record(count: int, seed: int, steps: int = STEPS) -> fxmask.PipelineTrajectory:
@@ -93,12 +95,14 @@ class Judge:
         return self._psnr([self._record(BATCH, seed, steps).final for seed in self._seeds])
 
 
-def measure(family: str, counts: Sequence[int], efforts: Sequence[str], rows: dict[str, Any], ends: float) -> None:
+def measure(
+    family: str, counts: Sequence[int], efforts: Sequence[str], rows: dict[str, Any], ends: float, place: Path, device: Any
+) -> None:
     """Fill in what is missing of one family, as long as there is time."""
     wanted = [(count, effort) for effort in efforts for count in counts if key_of(family, count, RATIOS[0], effort) not in rows]
     if not wanted or time.monotonic() > ends:
         return
-    record = recorder(family)
+    record = recorder(family, device)
     judge, whole = Judge(family, record), [record(1, seed) for seed in range(max(counts))]
     program = fxmask.capture(whole[0].denoiser, whole[0].calls[0][0], whole[0].roles)
     for ratio in RATIOS:
@@ -119,21 +123,20 @@ def measure(family: str, counts: Sequence[int], efforts: Sequence[str], rows: di
             row = {"psnr": judge.of_mask(program, mask), "seconds": seconds, **facts}
             rows[key_of(family, count, ratio, effort)] = row
             print(key_of(family, count, ratio, effort), row, flush=True)
-        keep(rows)
+        keep(rows, place)
 
 
 def key_of(family: str, count: int, ratio: float, what: str) -> str:
     return f"{family} {ratio}x {what}" + (f" {count}" if count else "")
 
 
-def known() -> dict[str, Any]:
+def known(path: Path) -> dict[str, Any]:
     """What was measured before."""
-    path = RESULTS / "few_images.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def keep(rows: dict[str, Any]) -> None:
-    (RESULTS / "few_images.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def keep(rows: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -182,11 +185,14 @@ def main() -> None:
     parser.add_argument("--default", action="store_true", help="default effort, too")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing later than this")
     parser.add_argument("--write", action="store_true", help="keep the table in the results")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS / "few_images.json", help="file of the measurements")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows, ends = known(), time.monotonic() + 60 * options.minutes
+    rows, ends = known(options.results), time.monotonic() + 60 * options.minutes
+    efforts, device = ["instant", "quick", *(["default"] if options.default else [])], require_device(options.device)
     for family in options.families:
-        measure(family, options.images, ["instant", "quick", *(["default"] if options.default else [])], rows, ends)
+        measure(family, options.images, efforts, rows, ends, options.results, device)
     print(table(rows))
     if options.write:
         (RESULTS / "few_images.md").write_text(table(rows), encoding="utf-8")

@@ -71,7 +71,7 @@ CELLS = {
         *(Cell(f, 4.0, "dpm", t) for f in ("ldm", "pixart") for t in (6, 8, 20)),
         *(Cell("dit", g, "ddim", t) for g in (1.5, 4.0) for t in (20, 50)),
         *(Cell("ddpm", 0.0, "ddim", t) for t in (20, 50)),
-        *(Cell("ldm", 4.0, "ddim", t, 1.0) for t in (20, 50)),
+        *(Cell(f, 4.0, "ddim", t, 1.0) for f in ("ldm", "pixart") for t in (20, 50)),
         *(Cell("ddpm", 0.0, "ddim", t, 1.0) for t in (20, 50)),
         *(Cell("dit", 0.0, "ddim", t, 1.0) for t in (20, 50)),
     ]

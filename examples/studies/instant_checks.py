@@ -26,6 +26,7 @@ from fxmask.learning.instant.plans import InstantLearner
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.settings.checked import checks_of
+from fxmask.tools.place import require_device
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FAMILIES = {"ldm": "ldm-4-ddim-20", "pixart": "pixart-4-ddim-20", "dit": "dit-4-ddim-20", "ddpm": "ddpm-ddim-20"}
@@ -55,10 +56,10 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def measure(family: str, runs: int) -> dict[str, Any]:
+def measure(family: str, runs: int, device: torch.device) -> dict[str, Any]:
     """All of one family."""
     cell = CELLS[FAMILIES[family]]
-    record = recorder(cell, torch.device("cpu"))
+    record = recorder(cell, device)
     first = record(1, 0)
     denoiser: Any = getattr(first, "denoiser", None)
     program = fxmask.capture(denoiser, first.calls[0][0], getattr(first, "roles", None))
@@ -73,7 +74,7 @@ def measure(family: str, runs: int) -> dict[str, Any]:
     result: dict[str, Any] = {"family": family, "estimate": plan.error, "kinds": {}}
     together: list[list[float]] = [[], [], []]
     for kind, other in kinds.items():
-        again = recorder(other, torch.device("cpu"))
+        again = recorder(other, device)
         rows: list[list[float]] = [[], [], []]
         bounded: list[float] = []
         macs = 0.0
@@ -154,15 +155,17 @@ def main() -> None:
     parser.add_argument("--family", action="append", choices=tuple(FAMILIES), help="default: all")
     parser.add_argument("--runs", type=int, default=208, help="images of each kind")
     parser.add_argument("--write", action="store_true", help="write the table; what is not measured now stays")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS / "instant_checks.json", help="file of the measurements")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    place = RESULTS / "instant_checks.json"
+    place, device = options.results, require_device(options.device)
     known = {x["family"]: x for x in json.loads(place.read_text(encoding="utf-8"))} if place.exists() else {}
     for family in options.family or FAMILIES:
-        known[family] = measure(family, options.runs)
+        known[family] = measure(family, options.runs, device)
+        ordered = [known[f] for f in FAMILIES if f in known]
+        place.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
         if options.write:
-            ordered = [known[f] for f in FAMILIES if f in known]
-            place.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
             (RESULTS / "instant_checks.md").write_text(table(ordered), encoding="utf-8")
 
 

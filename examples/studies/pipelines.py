@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from pipelines_parts import KINDS, Kind, seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmask
-from fxmask.settings.components import put
+from fxmask.settings.components import component_of, denoisers_of, put
 from fxmask.settings.pipeline import session_of
 from fxmask.settings.session import Session
 
@@ -105,11 +105,11 @@ def check_setting(pipe: Any, session: Session, full: list[torch.Tensor], make: C
 
 
 @contextlib.contextmanager
-def counted(session: Session) -> Iterator[list[list[float]]]:
+def counted(models: Sequence[torch.nn.Module]) -> Iterator[list[list[float]]]:
     """Operations of each call of each denoiser, whichever way it runs."""
-    found: list[list[float]] = [[] for _ in session.parts]
+    found: list[list[float]] = [[] for _ in models]
     hooks = []
-    for part, own in zip(session.parts, found, strict=True):
+    for model, own in zip(models, found, strict=True):
         stack: list[FlopCounterMode] = []
 
         def enter(*_: Any, stack: list[FlopCounterMode] = stack) -> None:
@@ -121,7 +121,7 @@ def counted(session: Session) -> Iterator[list[list[float]]]:
             counter.__exit__(None, None, None)
             own.append(float(counter.get_total_flops()))
 
-        hooks += [part.model.register_forward_pre_hook(enter), part.model.register_forward_hook(leave)]
+        hooks += [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
     try:
         yield found
     finally:
@@ -142,29 +142,17 @@ def planned_calls(session: Session) -> list[list[bool]]:
     return found
 
 
-def check_costs(pipe: Any, session: Session, call: Mapping[str, Any]) -> tuple[str, str]:
-    """The cells *ratio* and *planned*."""
-    with counted(session) as done:
+def check_costs(pipe: Any, session: Session, call: Mapping[str, Any], costs: list[list[float]]) -> tuple[str, str]:
+    """The cells *ratio* and *planned*; ``costs`` are the operations of each call in full."""
+    with counted([part.model for part in session.parts]) as done:
         made(pipe, call, 2)
-    planned = planned_calls(session)
-    total = spent = 0.0
-    alike = True
-    for own, plan in zip(done, planned, strict=True):
-        most = max(own, default=0.0)
-        alike &= len(own) == len(plan) and all((x > LARGE * _like(own, plan, k, most)) == plan[k] for k, x in enumerate(own))
-        spent += sum(own)
-        total += sum(_like(own, plan, k, most) for k in range(len(own)))
-    ratio = total / max(spent, 1.0)
+    ratio = sum(map(sum, costs)) / max(sum(map(sum, done)), 1.0)
+    computed = [[x > LARGE * full for x, full in zip(*pair, strict=True)] for pair in zip(done, costs, strict=True)]
+    alike = computed == planned_calls(session)
     return (
         f"{WORKS} ({ratio:.2f})" if ratio >= 0.99 * RATIO else f"fails: {ratio:.2f}",
-        WORKS if alike else f"fails: calls computed {[[x > 0 for x in own] for own in done]}",
+        WORKS if alike else f"fails: calls computed {computed}",
     )
-
-
-def _like(own: list[float], plan: list[bool], k: int, most: float) -> float:
-    """What a call costs in full: as much as the nearest call that computed, of the same lane where lanes alternate."""
-    full = [(abs(n - k), x) for n, x in enumerate(own) if n < len(plan) and plan[n] and x > 0]
-    return min(full, default=(0, most))[1]
 
 
 def check_ones(pipe: Any, session: Session, call: Mapping[str, Any], full: torch.Tensor) -> str:
@@ -238,7 +226,9 @@ def check_one(name: str) -> dict[str, str]:
     pipe, call = built(kind)
     parts = {k: x for k, x in vars(pipe).items() if isinstance(x, torch.nn.Module)}
     changes = {"unguided": kind.unguided, "size": kind.larger, "steps": dict.fromkeys(kind.step_names, kind.steps + 2)}
-    full = [made(pipe, call, seed) for seed in (0, 1)]
+    with counted([component_of(pipe, name) for name in denoisers_of(pipe)]) as costs:
+        full = [made(pipe, call)]
+    full.append(made(pipe, call, 1))
     others = {k: [made(pipe, call, seed, **x) for seed in (0, 1)] for k, x in changes.items() if x is not None}
     both = made(pipe, call, 3, **kind.batch)
     session = accelerated(pipe)
@@ -247,7 +237,7 @@ def check_one(name: str) -> dict[str, str]:
     if planned:
         second = made(pipe, call, 1)
         cells["error"] = f"{error_of(second, full[1]):.1g}"
-        cells |= attempt(lambda: dict(zip(("ratio", "planned"), check_costs(pipe, session, call), strict=True)), "ratio")
+        cells |= attempt(lambda: dict(zip(("ratio", "planned"), check_costs(pipe, session, call, costs), strict=True)), "ratio")
         cells |= attempt(lambda: {"batch": check_batch(kind, pipe, session, call, both)}, "batch")
         cells |= attempt(lambda: check_saved(name, pipe, call, second), "saved")
     for cell, change in changes.items():

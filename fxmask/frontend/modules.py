@@ -32,6 +32,18 @@ def require_denoiser(model: Any) -> torch.nn.Module:
     raise InputError(message)
 
 
+def require_eval(model: Any) -> torch.nn.Module:
+    """The denoiser that is meant; see ``require_denoiser``.
+
+    Raises:
+        InputError: likewise, or it is in training mode.
+    """
+    denoiser = require_denoiser(model)
+    if denoiser.training:
+        raise InputError(f"{type(denoiser).__name__} is in training mode; call model.eval() first")
+    return denoiser
+
+
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The denoiser behind an accelerated model, behind ``torch.compile`` or PEFT; any other module itself."""
     while True:

@@ -9,6 +9,7 @@ The reference interpreter and the student call the same function on tensors: all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,3 +54,24 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of the coefficients of values of type ``dtype``: float32, or float64 for float64 values."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def root_mean_square(difference: torch.Tensor, lanes: Sequence[float]) -> torch.Tensor:
+    """Root mean square of a difference of predictions ``[rows, ...]`` for every image, float32 ``[N]``, on its device.
+
+    Args:
+        difference: of one call.
+        lanes: how the rows of an image are combined, lane by lane: guidance at 4 has -3 and 4, up to a factor.
+    """
+    scale = 1.0
+    if len(lanes) > 1 and difference.shape[0] % len(lanes) == 0:
+        parts = difference.reshape(len(lanes), -1, *difference.shape[1:])
+        total = parts[0] * lanes[0]
+        for part, c in zip(parts[1:], lanes[1:], strict=True):
+            total = torch.add(total, part, alpha=c)
+        difference = total
+    else:
+        scale = math.hypot(*lanes)
+    flat = difference.flatten(1) if difference.dim() > 1 else difference.reshape(-1, 1)
+    found: torch.Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32) * (scale / math.sqrt(flat.shape[1]))
+    return found

@@ -89,3 +89,9 @@ def first_tensor(output: Any) -> torch.Tensor:
     if not tensors:
         raise CaptureError(f"the denoiser returned no tensor (got {type(output).__name__})")
     return tensors[0]
+
+
+def sampled_part(output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """The part of a prediction ``[rows, ...]`` that has a sample's shape: models that predict a variance have more channels."""
+    wider = output.dim() == sample.dim() > 1 and output.shape[1] > sample.shape[1] and output.shape[2:] == sample.shape[2:]
+    return output[:, : sample.shape[1]] if wider else output

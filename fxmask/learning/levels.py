@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from fxmask.ir.program import Program
 from fxmask.learning.schedule import Origin, Schedule
 from fxmask.learning.student import Student, output_blocks
 
@@ -27,16 +29,16 @@ class Level:
     samples: int
 
 
-def levels_of(student: Student, samples: int) -> list[Level]:
-    """The levels that are worth trying, cheapest for the step first.
-
-    Without injected noise, forecasts of the output are tried with samples and without; with it, with samples only.
+def named_levels(
+    program: Program, cost: Callable[[frozenset[str]], float], computed: Callable[[frozenset[str]], frozenset[str]]
+) -> dict[frozenset[str], str]:
+    """Blocks that are worth forming together, with a name for reports: the output, all branches, stages.
 
     Args:
-        student: whose program.
-        samples: noisy samples that forecasts of the output may read.
+        program: the captured denoiser.
+        cost: of a step that forms some blocks, as a share of one that computes everything.
+        computed: blocks that such a step still computes.
     """
-    program = student.program
     outputs = frozenset(b.name for b in output_blocks(program))
     branches = frozenset(b.name for b in program.branches)
     named: dict[frozenset[str], str] = {outputs: "output"} if outputs else {}
@@ -46,14 +48,28 @@ def levels_of(student: Student, samples: int) -> list[Level]:
     for block in program.blocks:
         if block.kind == "stage":
             alone = frozenset([block.name])
-            rest = alone | (branches & student.computed(alone))
-            stages.append((student.cost(alone), alone, block.name))
-            stages.append((student.cost(rest), rest, f"{block.name} and branches"))
+            rest = alone | (branches & computed(alone))
+            stages.append((cost(alone), alone, block.name))
+            stages.append((cost(rest), rest, f"{block.name} and branches"))
     last = -1.0
-    for cost, loads, name in sorted(stages, key=lambda s: s[0]):  # of levels that cost nearly the same, one is enough
-        if cost > last + 0.04 and cost < 0.8 and all(abs(cost - student.cost(other)) > 0.03 for other in named):
+    for share, loads, name in sorted(stages, key=lambda s: s[0]):  # of levels that cost nearly the same, one is enough
+        if share > last + 0.04 and share < 0.8 and all(abs(share - cost(other)) > 0.03 for other in named):
             named[loads] = name
-            last = cost
+            last = share
+    return named
+
+
+def levels_of(student: Student, samples: int) -> list[Level]:
+    """The levels that are worth trying, cheapest for the step first.
+
+    Without injected noise, forecasts of the output are tried with samples and without; with it, with samples only.
+
+    Args:
+        student: whose program.
+        samples: noisy samples that forecasts of the output may read.
+    """
+    named = named_levels(student.program, student.cost, student.computed)
+    outputs = frozenset(b.name for b in output_blocks(student.program))
     ordered = sorted(named, key=student.cost)[:LEVELS]
     levels: list[Level] = []
     for loads in ordered:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from fxmask._torch import version_of
+from fxmask.ir.combine import root_mean_square
+from fxmask.ir.outputs import sampled_part
 from fxmask.runtime.clock import on_its_way
 
 MOST_RATIO = 1e3  # of a measure to what was expected of it
@@ -80,14 +82,14 @@ class RunChecks:
     _spent: torch.Tensor | None = None
     _sent: tuple[list[int], torch.Tensor, Any] | None = None
 
-    def computed(self, step: int, prediction: torch.Tensor) -> None:
-        """Compare a step's prediction ``[rows, ...]`` with its forecast, and keep it for later ones."""
+    def computed(self, step: int, prediction: torch.Tensor, sample: torch.Tensor) -> None:
+        """Compare a step's prediction ``[rows, ...]`` for a sample with its forecast, and keep it for later ones."""
         check, last_use = self.checks.by_step.get(step), self.checks.last_use
         if check is not None and all(self._unchanged(j) for j in check.sources):
             difference = prediction
             for j, c in zip(check.sources, check.coefficients, strict=True):
                 difference = torch.sub(difference, self._kept[j][0], alpha=c)
-            self.measures[step] = self._measure(difference)
+            self.measures[step] = root_mean_square(sampled_part(difference, sample), self.checks.lanes)
             if self.checks.max_error is not None:
                 self._send(check, self.measures[step])
         if step in last_use:
@@ -99,21 +101,6 @@ class RunChecks:
         """Whether the caller still has a prediction as it was handed out."""
         kept = self._kept.get(step)
         return kept is not None and version_of(kept[0]) == kept[1]
-
-    def _measure(self, difference: torch.Tensor) -> torch.Tensor:
-        """Root mean square for every image ``[N]``: the rows of an image are combined as guidance combines them."""
-        lanes, scale = self.checks.lanes, 1.0
-        if len(lanes) > 1 and difference.shape[0] % len(lanes) == 0:
-            parts = difference.reshape(len(lanes), -1, *difference.shape[1:])
-            total = parts[0] * lanes[0]
-            for part, c in zip(parts[1:], lanes[1:], strict=True):
-                total = torch.add(total, part, alpha=c)
-            difference = total
-        else:
-            scale = math.hypot(*lanes)
-        flat = difference.flatten(1) if difference.dim() > 1 else difference.reshape(-1, 1)
-        found: torch.Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32) * (scale / math.sqrt(flat.shape[1]))
-        return found
 
     # The guard
 

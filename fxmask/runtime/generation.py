@@ -23,6 +23,7 @@ from fxmask.runtime.marks import LaneName, Marks
 from fxmask.runtime.prologues import Rows
 from fxmask.runtime.steady import Steady, is_same_memory
 from fxmask.runtime.timesteps import types_of
+from fxmask.runtime.trial import RunTrial
 from fxmask.runtime.variants import Variant, Variants
 
 # Without a marked generation, a lane that was not called for this many calls is taken for abandoned.
@@ -47,6 +48,7 @@ class Lane:
     stats: Run | None = None  # of the run that it is in
     steady: Steady | None = None  # what its next call looks like
     checks: RunChecks | None = None  # of the run that it is in
+    trial: RunTrial | None = None  # of the run that it is in, if it compares ways of forming steps
     is_over: bool = False  # the run's error is estimated to pass its bound: all that is left of it is computed
     name: str | None = None  # that the pipeline calls it by
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
@@ -225,6 +227,7 @@ class Generation:
             lane.weights = None
             lane.stats = self._variants.history.begin()
             lane.is_over, lane.checks = False, None if self._variants.checks is None else RunChecks(self._variants.checks)
+            lane.trial = None if self._variants.findings is None else RunTrial(self._variants.findings)
             lane.stats.checks = lane.checks
         self._latest = lane
         return self._advance(lane, step, tensors, value, running)
@@ -238,6 +241,7 @@ class Generation:
             self.matched += 1
             self._variants.followed()
         over = running and self._is_over(lane, step)
+        full = executor.plan.steps[step].macs == executor.plan.full_macs
         # If the step raises, the position is not known to have been reached: the next call must not go on from it.
         lane.position = None
         if over:
@@ -247,14 +251,19 @@ class Generation:
             if lane.weights is None or watch.changed(lane.weights, step):  # a new run, or weights changed in the middle of one
                 lane.rows, lane.weights = executor.begin(tensors, lane.rows), watch.now()
             exact = timestep is None or executor.prologues.is_exact(step, timestep)
+            trial = lane.trial if full else None
+            if trial is not None:
+                trial.before(step, lane.cache)
             outputs = executor.run_step(step, tensors, lane.cache, lane.rows, exact)
+            if trial is not None:
+                trial.after(step, variant.program, tensors, outputs[0])
         lane.position = step + 1
         if lane.position == variant.mask.num_steps:
             lane.rows, lane.steady = (), None  # the run is over: memory that it has is for the next
         assert lane.stats is not None
         lane.stats.add(executor.plan.steps[step].macs, executor.plan.full_macs, followed=running)
-        if lane.checks is not None and executor.plan.steps[step].macs == executor.plan.full_macs:
-            lane.checks.computed(step, outputs[0])
+        if lane.checks is not None and full:
+            lane.checks.computed(step, outputs[0], tensors[variant.sample])
         if lane.checks is not None and lane.position == variant.mask.num_steps:
             lane.checks.send()
         return outputs

@@ -36,6 +36,7 @@ from fxmask.runtime.graph_store import GraphStore
 from fxmask.runtime.history import History
 from fxmask.runtime.replay import executor_of
 from fxmask.runtime.timesteps import Timetable
+from fxmask.runtime.trial import Findings
 from fxmask.runtime.warn import Warner
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Variant:
     ) -> None:
         self.program = program
         self.mask = mask
+        self.sample = program.inputs.index(program.example.samples[0])  # which of the inputs is the (first) sample
         self.key = program.example.key
         self.ambient = program.ambient
         self.state = program.state
@@ -117,11 +119,12 @@ class Variants:
         mode: of the backend.
         compiler: of the first variant, if it comes from a package, which has graphs for one form of call; others are
             compiled with Inductor then.
-        relatives: of the same model with plans for other settings, of the same backend: what they have captured and compiled
-            is used here, too. The list may grow later.
+        relatives: of the same model with plans for other settings: what they have captured, and compiled with the same
+            backend, is used here, too. The list may grow later.
         history: of the latest runs, if it is shared with them.
         checks: of the plan, if steps are compared with their forecasts.
         progress: show a bar while step graphs compile at their first call.
+        findings: of a trial, if the plan is one.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Variants:
         history: History | None = None,
         checks: Checks | None = None,
         progress: bool = False,
+        findings: Findings | None = None,
     ) -> None:
         self.progress = progress
         self.program = program
@@ -147,9 +151,11 @@ class Variants:
         self.warn = Warner()
         self.history = history if history is not None else History()
         self.checks = checks
+        self.findings = findings
         self._relatives = relatives
         self._model = program.model
-        shared = next((v.graphs for other in relatives for v in other.known if v.program is program), None)
+        alike = [other for other in relatives if (other.backend, other.mode) == (backend, mode)]
+        shared = next((v.graphs for other in alike for v in other.known if v.program is program), None)
         self._known: list[Variant] = []
         self._use(Variant(program, plan.source, backend, mode, plan, compiler, shared))
         # By form of call and modes: the state, and why it failed where the model itself did and nothing was said of it.
@@ -273,19 +279,30 @@ class Variants:
         self._warn_of(reason)
         return None
 
+    def inherit(self, other: Variants) -> None:
+        """Take over what was captured with the plan before this one, and what was compiled with the same backend."""
+        for variant in reversed(other.known):
+            if variant.program is not self.program:
+                self._adopt(variant, other)
+
     def _of_relatives(self, bound: BoundCall, ambient: Ambient) -> Variant | None:
         """What was captured for such a call with another setting's plan."""
         for other in self._relatives:
             for variant in other.known if other is not self else ():
                 if variant.fits(bound, ambient) and variant.unchanged() and self._has_blocks(variant.program):
-                    found = Variant(variant.program, self.plan.source, *self.elsewhere, graphs=variant.graphs)
-                    self._use(found)
-                    return found
+                    return self._adopt(variant, other)
         return None
 
     def _has_blocks(self, program: Program) -> bool:
         """Whether the mask fits: a program of a call that leaves layers out has not all blocks."""
         return {block.name for block in program.blocks}.issuperset(self.plan.source.blocks)
+
+    def _adopt(self, variant: Variant, other: Variants) -> Variant:
+        """A variant of another plan's, with this plan."""
+        graphs = variant.graphs if other.elsewhere == self.elsewhere else None
+        found = Variant(variant.program, self.plan.source, *self.elsewhere, graphs=graphs)
+        self._use(found)
+        return found
 
     def _refuse(self, bound: BoundCall, ambient: Ambient, now: Snapshot, unsaid: str | None) -> None:
         """Remember a form of call that cannot be captured as the model is now."""

@@ -55,6 +55,7 @@ class RecordedRun:
         num_scheduler_steps: until the last step of the denoiser.
         start: the sample before the first step of all; another denoiser's, perhaps.
         whole: whether these are all steps of the call.
+        clean_up: what the pipeline would have done at its end.
     """
 
     pipe: Any
@@ -65,6 +66,7 @@ class RecordedRun:
     num_scheduler_steps: int
     start: torch.Tensor | None = None
     whole: bool = True
+    clean_up: Callable[[], None] = lambda: None
 
 
 class _Finished(BaseException):
@@ -153,10 +155,12 @@ class PipelineReplay:
                 "the same when it is called again"
             )
         except _Finished:
+            self._run.clean_up()
             self._out.put(self._final)
         except _Closed:
-            pass
+            self._run.clean_up()
         except BaseException as error:  # raised again in the caller's thread
+            self._run.clean_up()
             self._out.put(error)
 
     def called(self, entry: ComponentMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -27,6 +27,7 @@ from fxmask.sampling.noise import FreshNoise, NoiseTape
 from fxmask.sampling.pipeline_arguments import PipelineArguments, arguments_by_name, fresh_copies, same_tree
 from fxmask.sampling.pipeline_listener import HeardCall, PipelineListener, PipelineListeners, check_one_denoiser
 from fxmask.sampling.pipeline_replay import Answer, PipelineReplay, PlayedCall, RecordedRun
+from fxmask.sampling.processors import processors_kept
 from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, Loop
 from fxmask.sampling.twin import Module, hide_progress, is_pipeline, is_scheduler, make_twin
@@ -192,7 +193,7 @@ def call_and_record(
         FxmaskError: the call was refused in the middle.
     """
     again = PipelineArguments(fresh_copies(tuple(args)), fresh_copies(dict(kwargs)))
-    tape = NoiseTape()
+    tape, clean_up = NoiseTape(), processors_kept(pipe)
     recorders = [PipelineListener(tape, component, max_bytes=max_bytes) for component in components]
     twin = make_twin(pipe, recorders[0] if len(recorders) == 1 else PipelineListeners(recorders))
     with tape:
@@ -210,7 +211,7 @@ def call_and_record(
     found: list[PipelineTrajectory | str | None] = []
     for recorder, idle in zip(recorders, unused, strict=True):
         try:
-            found.append(None if idle and some else _recorded(recorder, make_twin(pipe, None), again, None))
+            found.append(None if idle and some else _recorded(recorder, make_twin(pipe, None), again, None, clean_up))
         except FxmaskError as error:
             found.append(str(error))
     return result, found
@@ -236,17 +237,19 @@ def _record(
     model: Module | None = None,
 ) -> PipelineTrajectory:
     """Call a copy of ``pipe`` with the arguments ``now``; replays call it with ``again``."""
-    recorder = PipelineListener(tape, component, model)
+    recorder, clean_up = PipelineListener(tape, component, model), processors_kept(pipe)
     twin = make_twin(pipe, recorder)
     if model is not None:
         hide_progress(twin)
     with tape:
         twin(*now.args, **now.kwargs)
-    return _recorded(recorder, pipe, again, model)
+    return _recorded(recorder, pipe, again, model, clean_up)
 
 
 @torch.no_grad()
-def _recorded(recorder: PipelineListener, pipe: Any, again: PipelineArguments, model: Module | None) -> PipelineTrajectory:
+def _recorded(
+    recorder: PipelineListener, pipe: Any, again: PipelineArguments, model: Module | None, clean_up: Callable[[], None]
+) -> PipelineTrajectory:
     """What was heard of a run, as a trajectory; replays call ``pipe`` with the arguments ``again``."""
     tape = recorder.tape
     check_one_denoiser(recorder)
@@ -299,6 +302,7 @@ def _recorded(recorder: PipelineListener, pipe: Any, again: PipelineArguments, m
             recorder.num_scheduler_steps,
             recorder.start,
             recorder.heard_all,
+            clean_up,
         ),
     )
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from fxmask.learning.instant.checks import fitted_checks, lanes_of
+from fxmask.learning.instant.levels import ReusePlan
 from fxmask.learning.instant.parts import PartsLearner
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan
 from fxmask.runtime.checks import Check, Checks
 
 
-def checks_of(learner: InstantLearner | PartsLearner, plan: InstantPlan, max_error: float | None) -> Checks | None:
+def checks_of(learner: InstantLearner | PartsLearner, plan: InstantPlan | ReusePlan, max_error: float | None) -> Checks | None:
     """Checks of a plan's full steps, for the runtime."""
     if isinstance(learner, PartsLearner):
-        return _checks_of_parts(learner, plan, max_error)
+        return _checks_of_parts(learner, plan, max_error) if isinstance(plan, InstantPlan) else None
+    if isinstance(plan, ReusePlan):
+        plan = plan.as_forecasts(learner.moments)
     found = fitted_checks(learner, plan)
     if not found:
         return None

@@ -17,7 +17,8 @@ from fxmask.errors import FxmaskError, InputError
 from fxmask.frontend.modules import module_device
 from fxmask.sampling.twin import hide_progress, make_twin
 from fxmask.settings.key import Setting
-from fxmask.settings.session import KEPT_RUNS, Session
+from fxmask.settings.known import KEPT_RUNS
+from fxmask.settings.session import Session
 
 logger = logging.getLogger(__name__)
 RUNS = 4  # recorded of each setting, at least, where further calls of the denoiser are spent on it

@@ -34,8 +34,9 @@ from fxmask.runtime.model import AcceleratedModel
 from fxmask.runtime.quality import MEASURED, Quality
 from fxmask.settings.components import denoisers_of, original_of
 from fxmask.settings.key import MAIN, Setting
+from fxmask.settings.known import Known
 from fxmask.settings.pipeline import install
-from fxmask.settings.session import Known, Session, joined
+from fxmask.settings.session import Session, joined
 from fxmask.storage.about import LEARNED, PLAN_FACTS, VERSIONS, base_model, kept_facts, plan_facts, versions
 from fxmask.storage.card import Entry, write_card
 from fxmask.storage.placed import placed_call

@@ -17,9 +17,8 @@ import statistics
 import threading
 import time
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from fxmask.frontend.modules import module_device
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.effort import Limits
+from fxmask.learning.instant.levels import ReuseErrors, ReusePlan, best_plan, reuses_of, trial_of
 from fxmask.learning.instant.parts import PartsLearner, learner_of
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan, formed_share, keeper
 from fxmask.learning.outcome import Outcome
@@ -40,6 +40,7 @@ from fxmask.runtime.account import Account
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.history import History
 from fxmask.runtime.model import AcceleratedModel, given_roles
+from fxmask.runtime.trial import Findings
 from fxmask.runtime.variants import Variants
 from fxmask.sampling.pipeline_trajectory import INTERRUPTED, PipelineTrajectory
 from fxmask.sampling.same_sampler import sampler_facts
@@ -48,55 +49,20 @@ from fxmask.settings.better import better_mask
 from fxmask.settings.checked import checks_of
 from fxmask.settings.components import accelerated_in
 from fxmask.settings.key import Setting, setting_of
+from fxmask.settings.known import KEPT_RUNS, Known, count_graphs, named
 from fxmask.settings.passing import record_in_passing
 from fxmask.settings.together import fit_together
 
 logger = logging.getLogger(__name__)
 MOST_SETTINGS = 16  # that are kept, those used last
 MOST_RECORDED = 4  # of these, with recorded runs, if all have plans
-KEPT_RUNS = 8  # recorded runs that are kept of each setting, the latest
 SHARE = 8  # of free memory, one part in so many may hold recorded runs, if nothing else was asked for
-TIMES = 32  # calls whose seconds are remembered
+MOST_TRIALS = 3  # calls that may compare, if the first ones could not
 DRIFT = 3.0  # times the estimated error, in so many runs in a row, before a warning
 DRIFTING = 3
 LEAST = 1e-3  # errors below are not seen, whatever was estimated
 
 INSIDE: contextvars.ContextVar[bool] = contextvars.ContextVar("fxmask_inside", default=False)
-
-
-@dataclass
-class Known:
-    """What is known of a setting.
-
-    Attributes:
-        runs: recorded.
-        plan: of the recorded runs alone, if its plan is that one.
-        mask: that is in use.
-        checks: of its full steps.
-        variants: programs and plan; ``None`` until the second call.
-        facts: about the sampler.
-        refused: why it runs as it always did.
-        unused: the denoiser takes no step here.
-        full: seconds of calls in full.
-        fast: seconds of accelerated calls, those that compiled left out.
-        calls: of the pipeline.
-        drifted: runs in a row whose estimated error was far beyond the plan's.
-        effort: that the mask was made with.
-    """
-
-    runs: deque[Sampler] = field(default_factory=lambda: deque(maxlen=KEPT_RUNS))
-    plan: InstantPlan | None = None
-    mask: Mask | None = None
-    checks: Checks | None = None
-    variants: Variants | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    refused: str | None = None
-    unused: bool = False
-    full: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
-    fast: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
-    calls: int = 0
-    drifted: int = 0
-    effort: str = "instant"
 
 
 class Session:
@@ -201,6 +167,9 @@ class Session:
                 self._say_new(setting)
                 return self._record(pipe, call, args, kwargs, setting)
             self.plan_all(setting)
+            for part, k in found:
+                if k.findings is not None and k.trials:
+                    part._conclude(k)
             known.calls += 1
             if all(k.variants is None or k.refused is not None for _, k in found):
                 return call(*args, **kwargs)
@@ -334,17 +303,19 @@ class Session:
             if part._latest is not known:
                 part.model.adopt(variants, known.facts)
                 part._latest = known
-        graphs = _count_graphs(planned)
+        graphs = count_graphs(planned)
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             generations = [stack.enter_context(part.model.generation_of(v, predicts=False)) for part, _, v in planned]
             result = call(*args, **kwargs)
         seconds = time.perf_counter() - began
-        settled = _count_graphs(planned) == graphs
-        for (part, known, _), generation in zip(planned, generations, strict=True):
+        settled = count_graphs(planned) == graphs
+        for (part, known, variants), generation in zip(planned, generations, strict=True):
             with part._lock:
                 part._accelerated += bool(generation.matched)
-                if settled and part is planned[0][0]:
+                if variants.findings is not None:
+                    known.trials += 1
+                elif settled and part is planned[0][0]:
                     known.fast.append(seconds)
         return result
 
@@ -375,7 +346,7 @@ class Session:
                 fit_together(waiting, self.outcome)
             except Exception as error:  # whatever it is, the user's image must not fail for it
                 logger.debug("no plans could be made", exc_info=True)
-                reason = str(error) if isinstance(error, FxmaskError) else f"no plan could be made: {_named(error)}"
+                reason = str(error) if isinstance(error, FxmaskError) else f"no plan could be made: {named(error)}"
                 for part, known in waiting:
                     part._refuse(known, setting, reason)
         for part, known in found:
@@ -394,7 +365,7 @@ class Session:
                 self._refuse(known, setting, str(error))
             except Exception as error:  # whatever it is, the user's image must not fail for it
                 logger.debug("no plan could be made", exc_info=True)
-                self._refuse(known, setting, f"no plan could be made of the recorded run: {_named(error)}")
+                self._refuse(known, setting, f"no plan could be made of the recorded run: {named(error)}")
 
     def given_roles(self) -> dict[str, str]:
         """Roles that a later capture must be told."""
@@ -412,40 +383,83 @@ class Session:
         program = self.captured(run)
         with self._spending("learning"):
             learner = learner_of(list(known.runs), program)
-            plan = learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits))
+            if isinstance(learner, PartsLearner):
+                self.keep(
+                    known,
+                    program,
+                    learner,
+                    learner.best(self.outcome, formed_share(program), keeper(program, run, self.limits)),
+                )
+                return
+            keeps = keeper(program, run, self.limits)
+            reuses = reuses_of(program, self.outcome) if run.stochastic else []
+            errors = ReuseErrors(learner, known.squares, fresh=True) if known.squares else None
+            plan = best_plan(learner, self.outcome, formed_share(program), reuses, errors, keeps)
             self.keep(known, program, learner, plan)
+            known.trial = None
+            if reuses and not known.trials and isinstance(plan, InstantPlan):
+                found = trial_of(program, learner, plan, reuses)
+                kept = found is not None and self.limits.keeps(rectify(program, found[0]))
+                known.trial = found if kept else None
 
-    def keep(self, known: Known, program: Program, learner: InstantLearner | PartsLearner, plan: InstantPlan) -> None:
+    def keep(
+        self, known: Known, program: Program, learner: InstantLearner | PartsLearner, plan: InstantPlan | ReusePlan
+    ) -> None:
         """Take a plan for a setting."""
         run, known.plan = known.runs[-1], plan
         known.facts = sampler_facts(run) or {}
         known.mask = plan.mask(program, run, known.facts or None)
         known.checks = checks_of(learner, plan, self.outcome.max_error)
 
+    def _conclude(self, known: Known) -> None:
+        """End a trial: whichever did better on the full steps of the last call is used from now on."""
+        with self._lock:
+            findings = known.findings
+            if findings is None or (not findings.squares and known.trials < MOST_TRIALS):
+                return
+            previous = findings.trial.previous
+            known.squares = {
+                name: {(step, previous[step]): square for step, square in found.items()}
+                for name, found in findings.read().items()
+            }
+            known.findings = known.trial = None
+            try:
+                self._fit(known)
+            except FxmaskError:
+                logger.debug("the plan stays as it is", exc_info=True)
+            self._use(known)
+
     def _use(self, known: Known) -> None:
-        """Put the mask of a setting to use, beside those of others."""
+        """Put the mask of a setting to use, beside those of others; the call of a trial is not worth compiling for."""
         program, mask = self.program, known.mask
         assert program is not None
         assert mask is not None
+        backend, mode = self.backend, self.mode
+        if known.trial is not None:
+            (mask, trial), backend, mode = known.trial, "eager", None
+            known.findings = Findings(trial)
         plan = rectify(program, mask)
         if known.variants in self._relatives:
             self._relatives.remove(known.variants)
         variants = Variants(
             program,
             plan,
-            self.backend,
-            self.mode,
+            backend,
+            mode,
             relatives=self._relatives,
             history=self._history,
             checks=known.checks,
             progress=self.progress,
+            findings=known.findings,
         )
+        if known.variants is not None:
+            variants.inherit(known.variants)
         self._relatives.append(variants)
         known.variants = variants
         if self.model._fxmask.variants is None or self._latest is known:
             self.model.adopt(variants, known.facts)
             self._latest = known
-        if not get_backend(self.backend).exact:
+        if not get_backend(backend).exact:
             with self._spending("compiling"), torch.no_grad():
                 variants.executor().compile_all(progress=self.progress)
 
@@ -529,6 +543,7 @@ class Session:
             if found is None:
                 return False
             known.mask, known.effort, known.checks = found, effort, None
+            known.trial = known.findings = None
             self._use(known)
         return True
 
@@ -584,11 +599,3 @@ def joined(sessions: Sequence[Session]) -> Session:
     for session in sessions:
         session.shared = len(sessions) > 1
     return first
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _count_graphs(planned: Sequence[tuple[Session, Known, Variants]]) -> int:
-    return sum(len(v.graphs) for _, _, variants in planned for v in variants.known)

@@ -14,7 +14,8 @@ from fxmask.learning.instant.plans import InstantLearner, formed_share
 from fxmask.learning.outcome import Outcome
 
 if TYPE_CHECKING:
-    from fxmask.settings.session import Known, Session
+    from fxmask.settings.known import Known
+    from fxmask.settings.session import Session
 
 
 def fit_together(waiting: Sequence[tuple[Session, Known]], outcome: Outcome) -> None:

@@ -91,13 +91,20 @@ def deviation_of(moments: Moments, terms: dict[int, tuple[list[int], list[float]
     return total
 
 
-def spaced(steps: int, count: int, bend: float) -> list[int]:
-    """Full steps at equal distances, or bent; the first two are among them where there are three or more."""
+def spaced(steps: int, count: int, bend: float, doubled: bool = True) -> list[int]:
+    """Full steps at equal distances, or bent.
+
+    Args:
+        steps: T.
+        count: how many full steps.
+        bend: 1: at equal distances; larger: denser at the beginning.
+        doubled: the first two steps are among them where there are three or more: a forecast wants two values.
+    """
     computed: list[int] = []
     for k in range(count):
         wanted = round((k / count) ** bend * steps)
         computed.append(min(max(wanted, computed[-1] + 1 if computed else 0), steps - count + k))
-    if count > 2:
+    if doubled and count > 2:
         computed = sorted({0, 1, *computed})
         while len(computed) > count:
             computed.remove(computed[len(computed) // 2])

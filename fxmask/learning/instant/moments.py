@@ -9,7 +9,8 @@ import torch
 
 from fxmask.errors import InputError
 from fxmask.ir.combine import wide_dtype
-from fxmask.learning.instant.response import Response, response_of, sampled_part
+from fxmask.ir.outputs import sampled_part
+from fxmask.learning.instant.response import Response, response_of
 from fxmask.sampling.sampler import Sampler
 
 CHUNK = 1 << 16  # elements of every value that are held in wide precision at once

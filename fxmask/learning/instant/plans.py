@@ -12,18 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from fxmask.errors import InputError, OutcomeError
 from fxmask.ir.forecast import INPUT, Forecast, Source
 from fxmask.ir.mask import Mask
+from fxmask.ir.outputs import sampled_part
 from fxmask.ir.program import Program
 from fxmask.learning.costs import StepCosts
 from fxmask.learning.effort import Limits
 from fxmask.learning.instant.fitting import BENDS, Placement, Rule, deviation_of, fitted, heeded, spaced
 from fxmask.learning.instant.moments import FORGETTING, Moments, together
-from fxmask.learning.instant.response import replayed, response_of, sampled_part
+from fxmask.learning.instant.response import replayed, response_of
 from fxmask.learning.outcome import TOLERANCE, Outcome
 from fxmask.learning.schedule import Origin, Schedule, Terms
 from fxmask.passes.rectify import rectify
@@ -40,6 +42,14 @@ SAMPLES = 1.0  # dB, of noisy samples as sources with a deterministic sampler
 RIDGES = (1e-5, 1e-3)
 LONG = 200  # steps, from which on full steps are only spaced: placing them takes T^3
 SMALLEST = 1e-15  # relative mean square error
+
+
+class Planned(Protocol):
+    """What can be made a mask of a program."""
+
+    def mask(self, program: Program, run: Sampler, facts: Mapping[str, object] | None) -> Mask:
+        """The mask, for the timesteps of ``run``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -275,7 +285,7 @@ def formed_share(program: Program, prices: Mapping[str, float] | None = None) ->
     return StepCosts(program, prices).cost(frozenset([output_of(program)]))
 
 
-def keeper(program: Program, run: Sampler, limits: Limits) -> Callable[[InstantPlan], bool] | None:
+def keeper(program: Program, run: Sampler, limits: Limits) -> Callable[[Planned], bool] | None:
     """Which plans keep to bounds of graphs and cached bytes; ``None`` if all do."""
     if limits == Limits():
         return None

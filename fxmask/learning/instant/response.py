@@ -8,10 +8,12 @@ and which rows of which lanes are combined in it (guidance). Where a sampler cli
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fxmask.ir.outputs import sampled_part
 from fxmask.sampling.sampler import Loop, Sampler
 
 NUDGE = 0.05  # of the root mean square of a prediction
@@ -40,13 +42,23 @@ class Response:
         return cls(torch.ones(steps, dtype=torch.float64), mixing)
 
 
-def replayed(run: Sampler, outputs: list[torch.Tensor]) -> torch.Tensor:
-    """The final samples with these predictions, one for every call in order, whatever the calls are."""
+def replayed(run: Sampler, outputs: list[torch.Tensor], gains: Sequence[float] | None = None) -> torch.Tensor:
+    """The final samples with these predictions, one for every call in order.
+
+    Args:
+        run: recorded.
+        outputs: what each call is answered.
+        gains: by step, how much of a change of its sample a prediction follows; without it the calls do not matter.
+    """
     loop: Loop = getattr(run, "idle_loop", run.loop)()
     try:
-        next(loop)
-        for output in outputs:
-            loop.send(output)
+        call = next(loop)
+        for (step, lane), output in zip(run.order, outputs, strict=True):
+            if gains is not None:
+                change = call[run.sample] - run.calls[step][lane][run.sample]
+                output = output.clone()
+                sampled_part(output, change).add_(change.to(output.dtype), alpha=gains[step])
+            call = loop.send(output)
     except StopIteration as end:
         final: torch.Tensor = end.value
         return final
@@ -55,9 +67,34 @@ def replayed(run: Sampler, outputs: list[torch.Tensor]) -> torch.Tensor:
     raise AssertionError("a recorded run has as many calls as predictions")
 
 
+def gains_of(run: Sampler) -> list[float]:
+    """How much of a change of its sample each step's prediction follows, as far as one run tells: least squares over elements.
+
+    For Gaussian data that is the derivative of the best denoiser. Zero where predictions are not like samples.
+    """
+    gains = []
+    for calls, outputs in zip(run.calls, run.outputs, strict=True):
+        products = squares = 0.0
+        for call, output in zip(calls, outputs, strict=True):
+            sample = call[run.sample].double()
+            part = sampled_part(output, sample).double()
+            if part.shape == sample.shape:
+                products += float((part * sample).sum())
+                squares += float(sample.square().sum())
+        gains.append(products / squares if squares else 0.0)
+    return gains
+
+
 @torch.no_grad()
-def response_of(run: Sampler, seed: int = 0) -> Response:
-    """Measure it on a recorded run, by a few replays of its sampler."""
+def response_of(run: Sampler, seed: int = 0, gains: Sequence[float] | None = None) -> Response:
+    """Measure it on a recorded run, by a few replays of its sampler.
+
+    Args:
+        run: recorded.
+        seed: of the elements that are nudged.
+        gains: the denoiser's part in it, see ``gains_of``: with injected noise it makes up for most of what goes wrong early.
+            Without it predictions stay what they were.
+    """
     steps, lanes = run.num_steps, len(run.calls[0])
     sizes = [x.shape[0] for x in run.outputs[0]]
     rows, final = sum(sizes), run.final
@@ -85,7 +122,7 @@ def response_of(run: Sampler, seed: int = 0) -> Response:
             for q in range(sizes[lane]):
                 part[q] += (nudge * (code == i * rows + first + q)).to(part)
             outputs.append(output)
-        moved = (replayed(run, outputs).double() - final.double()).cpu().flatten(1)
+        moved = (replayed(run, outputs, gains).double() - final.double()).cpu().flatten(1)
         if not bool(moved.isfinite().all()):
             return flat
         places = code.flatten()
@@ -99,12 +136,6 @@ def response_of(run: Sampler, seed: int = 0) -> Response:
     mean = sums / counts.clamp_min(1)[..., None]
     size = (squares / counts.clamp_min(1)[..., None]).sum(dim=(1, 2)).sqrt()
     return _factored(mean, size, flat)
-
-
-def sampled_part(output: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-    """The part of a prediction that has the final samples' shape: models that predict a variance too have more channels."""
-    wider = output.dim() == final.dim() > 1 and output.shape[1] > final.shape[1] and output.shape[2:] == final.shape[2:]
-    return output[:, : final.shape[1]] if wider else output
 
 
 def _factored(mean: torch.Tensor, size: torch.Tensor, flat: Response) -> Response:
