@@ -571,9 +571,8 @@ class Session:
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Keep facts about the plan that is in use."""
-        with self._lock:
-            if self._latest is not None:
-                self._latest.facts = {**self._latest.facts, **facts}
+        if self._latest is not None:
+            self._latest.facts = {**self._latest.facts, **facts}
 
     def account(self) -> Account:
         """What was spent and saved until now."""
