@@ -461,6 +461,7 @@ class Session:
             relatives=self._relatives,
             history=self._history,
             checks=known.checks,
+            progress=self.progress,
             findings=known.findings,
         )
         if known.variants is not None:
@@ -580,6 +581,11 @@ class Session:
                 self._improve(known, "quick", progress=False)
             except Exception:  # in a thread of its own: nobody else would hear of it
                 logger.warning("improving a plan in the background failed; the plan stays", exc_info=True)
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts about the plan that is in use."""
+        if self._latest is not None:
+            self._latest.facts = {**self._latest.facts, **facts}
 
     def account(self) -> Account:
         """What was spent and saved until now."""
