@@ -14,8 +14,8 @@ import torch
 
 import fxmask
 from fxmask.metrics import psnr
+from fxmask.pictures import draw_mask
 from fxmask.timing import timed
-from fxmask.tools.draw import draw_mask
 from fxmask.tools.place import DTYPES, require_device
 
 matplotlib.use("Agg")

@@ -14,6 +14,11 @@ DIGITS = [caption for digit in range(NUM_CLASSES) for caption in captions_of(dig
 PROMPTS = ["a photo of a cat", "a red house by the sea", "a bowl of fruit, oil painting", "a mountain at dawn"]
 
 
+def shipped() -> StableDiffusionPipeline:
+    """The shipped pipeline, for the command line: `fxmask learn examples/ldm.py:shipped`."""
+    return load_pipeline("ldm")
+
+
 @torch.no_grad()
 def encoded_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> Callable[[int, torch.Generator], dict[str, Any]]:
     """Random prompts, as the conditioning that only the user can know."""

@@ -15,6 +15,17 @@ PROMPTS = ["a photo of a cat", "a red house by the sea", "a bowl of fruit, oil p
 PROMPT_TOKENS = 120  # What PixArt-alpha was trained with.
 
 
+def shipped() -> tuple[PixArtAlphaPipeline, dict[str, Any]]:
+    """The shipped pipeline and what its calls need, for the command line: `fxmask learn examples/pixart.py:shipped`."""
+    # Its bins are of sizes from 256 pixels up, and its captions up to 120 tokens long.
+    return load_pipeline("pixart"), {
+        "prompt": "a seven",
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "max_sequence_length": CAPTION_TOKENS,
+    }
+
+
 @torch.no_grad()
 def encoded_prompts(
     pipeline: PixArtAlphaPipeline, prompts: list[str], length: int

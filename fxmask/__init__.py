@@ -1,6 +1,6 @@
 """fxmask: an optimising compiler for the sampling loop of diffusion models."""
 
-from fxmask import policies, reference
+from fxmask import pictures, policies, reference
 from fxmask.api import accelerate, compile, learn, load, pareto, restore, save
 from fxmask.errors import (
     BackendError,
@@ -24,15 +24,17 @@ from fxmask.learning.paper.options import PaperOptions
 from fxmask.metrics import psnr, relative_error
 from fxmask.passes.observer import observe, switched_off
 from fxmask.passes.rectify import rectify
+from fxmask.pictures import draw_mask, draw_pareto
 from fxmask.runtime.generation import Generation
 from fxmask.runtime.model import AcceleratedModel
+from fxmask.runtime.quality import Quality
 from fxmask.runtime.report import Report
 from fxmask.sampling.block_values import block_values
 from fxmask.sampling.pipeline_trajectory import PipelineTrajectory, record_pipeline
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.trajectory import Trajectory, record
 from fxmask.tools.diagnosis import Diagnosis, diagnose
-from fxmask.tools.draw import draw_mask, draw_pareto
+from fxmask.tools.measure import measure, step_errors
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ __all__ = [
     "PipelineTrajectory",
     "Plan",
     "Program",
+    "Quality",
     "Report",
     "Sampler",
     "SchedulerError",
@@ -69,8 +72,10 @@ __all__ = [
     "draw_pareto",
     "learn",
     "load",
+    "measure",
     "observe",
     "pareto",
+    "pictures",
     "policies",
     "psnr",
     "record",
@@ -80,5 +85,6 @@ __all__ = [
     "relative_error",
     "restore",
     "save",
+    "step_errors",
     "switched_off",
 ]

@@ -36,6 +36,9 @@ from torch.fx._symbolic_trace import _Patcher
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.proxy_tensor import make_fx as _make_fx
 
+# Function modes see every operator; one that need not is put aside for a while.
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+
 # Nested arguments as flat leaves, as torch.export itself flattens them.
 from torch.utils import _device as device_mode
 from torch.utils import _pytree as pytree
@@ -84,6 +87,7 @@ __all__ = [
     "tracing",
     "uncompiled",
     "version_of",
+    "without_function_mode",
     "without_inductor_cache",
     "writes_to",
 ]
@@ -427,3 +431,13 @@ def aoti_load(path: Path, device_index: int) -> Callable[[list[torch.Tensor]], l
     loader: Any = torch._C._aoti.AOTIModelPackageLoader
     run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader(str(path), "model", False, 1, device_index).boxed_run
     return run
+
+
+@contextlib.contextmanager
+def without_function_mode(mode: TorchFunctionMode) -> Iterator[bool]:
+    """Run without a function mode, if it is the innermost one; yields whether it is. A mode costs time for every operator."""
+    if _get_current_function_mode() is not mode:
+        yield False
+        return
+    with _pop_mode_temporarily():
+        yield True

@@ -50,8 +50,11 @@ from fxmask.settings.pipeline import restore as restore_pipeline
 from fxmask.settings.saved import load_settings, save_settings
 from fxmask.settings.session import Session
 from fxmask.settings.start import accelerate_pipeline
+from fxmask.storage.about import LEARNED, kept_facts
+from fxmask.storage.card import Entry, write_card
 from fxmask.storage.differences import differences
 from fxmask.storage.folders import read_again
+from fxmask.storage.hub import local_folder
 from fxmask.storage.packages import agrees, is_package, read_package
 from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
@@ -127,9 +130,9 @@ def accelerate(
             model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939.
-        effort: ``"instant"`` (none but the recorded run), ``"quick"`` or ``"default"``: how many sampling runs learning may
-            take; see ``fxmask.learn``. Of a pipeline, the instant plan is kept where no better one is found;
-            ``pipe.unet.improve(effort="quick")`` goes on from there.
+        effort: ``"instant"`` (none but the recorded run, and six calls where the sampler injects noise), ``"quick"`` or
+            ``"default"``: how many sampling runs learning may take; see ``fxmask.learn``. Of a pipeline, the instant plan is
+            kept where no better one is found; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
         checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
             ``"instant"``.
@@ -193,6 +196,7 @@ def accelerate(
     get_backend(backend).capturer_for(module_device(model))
     if learner == "paper" and effort == "instant":
         effort = "default"  # it has one, of its own
+    own_mask = mask
     # 1. record
     recorded = functools.partial(
         record,
@@ -215,7 +219,8 @@ def accelerate(
             type(model).__name__,
         )
         effort = "quick"
-        trajectories += [recorded(seed=s) for s in _seeds(seed, mask, learner, effort)[1:]]
+        seeds = _seeds(seed, mask, learner, effort)
+        trajectories += [recorded(seed=s) for s in seeds[1:]]
     # 3. learn
     checks: Checks | None = None
     instant = mask is None and effort == "instant"
@@ -249,7 +254,10 @@ def accelerate(
     # 4. rectify
     plan = rectify(program, mask)
     # 5. specialise and compile
-    accelerated = AcceleratedModel(program, plan, backend, mode, facts=sampler_facts(first), checks=checks)
+    facts = sampler_facts(first) or {}
+    if own_mask is None:
+        facts[LEARNED] = _learned_facts(trajectories, seeds, outcome, learner, effort, cost)
+    accelerated = AcceleratedModel(program, plan, backend, mode, facts=facts, checks=checks, progress=progress)
     if instant:
         limits = Limits(max_graphs, max_cache_bytes)
         session = Session(accelerated, None, outcome, limits=limits, backend=backend, mode=mode, progress=progress)
@@ -274,7 +282,8 @@ def restore(model: Any) -> Any:
 def save(model: Any, folder: str | Path) -> None:
     """Save the plans of an accelerated pipeline, of all settings that have one, or the plan of an accelerated model.
 
-    ``fxmask.load(folder, pipe)`` reads them. No weights, and no recorded runs.
+    ``fxmask.load(folder, pipe)`` reads them. No weights, and no recorded runs. A README.md says what the plans were
+    learned on and what was measured, with their heat maps, so that the folder can be pushed to a hub. Other READMEs stay.
 
     Raises:
         InputError: it is not accelerated, or no setting has a plan yet.
@@ -284,6 +293,8 @@ def save(model: Any, folder: str | Path) -> None:
         if not getattr(type(model), "is_accelerated", False):
             raise InputError(f"this {type(model).__name__} is not accelerated; call fxmask.accelerate() first")
         model.save(folder)  # type: ignore[operator]
+        saved, facts, _ = load_plan(folder)
+        write_card(Path(folder), [Entry("", saved, facts, "mask.png")], model=facts["model"])
     else:
         save_settings(session_of(model), Path(folder))
 
@@ -349,7 +360,8 @@ def learn(
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939, which takes neither ``effort`` nor
             ``checkpoint`` and learns from the first recorded run.
         effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25), ``"quick"`` (18),
-            or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions).
+            or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions; where the sampler
+            injects noise, six calls on the recorded images tell whether reused branches or a stage serve better).
         checkpoint: a file that keeps what was measured; the same call goes on from it.
         options: of the paper's learner.
         cost: what a speed-up is a ratio of: ``"macs"``, or ``"latency"``, seconds measured on this machine
@@ -454,7 +466,9 @@ def pareto(
         return tuple(search.best(outcome.budget) for outcome in wanted)
 
 
-def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | None = None) -> AcceleratedModel:
+def compile(
+    program: Program, plan: Plan, backend: str = "auto", *, mode: str | None = None, progress: bool = True
+) -> AcceleratedModel:
     """Make a callable model of a program and a plan. Step graphs compile at their first call, or by ``compile_all``.
 
     Args:
@@ -464,6 +478,7 @@ def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | 
             NVIDIA GPU), ``"inductor"`` (never replayed), ``"cudagraph"`` (an error where nothing can be replayed),
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
         mode: how Inductor compiles: ``"regions"`` (the default) or ``"whole"``; see ``accelerate``.
+        progress: show a bar while step graphs compile, also later for another shape.
 
     Raises:
         MaskError: the plan belongs to another program.
@@ -472,7 +487,7 @@ def compile(program: Program, plan: Plan, backend: str = "auto", *, mode: str | 
     _expect(program, Program, "program", "fxmask.compile(fxmask.capture(model, call), plan)")
     _expect(plan, Plan, "plan", "fxmask.compile(program, fxmask.rectify(program, mask))")
     program.require_verified()
-    return AcceleratedModel(program, plan, backend, mode, facts=plan.source.sampler)
+    return AcceleratedModel(program, plan, backend, mode, facts=plan.source.sampler, progress=progress)
 
 
 def load(
@@ -491,7 +506,7 @@ def load(
     compilation; each step graph is compared once with what it was compiled from.
 
     Args:
-        folder: the saved plan, or the package.
+        folder: the saved plan, or the package; or ``owner/name`` of one on the hub, ``owner/name@revision`` of a version of it.
         model: the same architecture, in eval mode; its weights are its own.
         scheduler: if given, must be what the plan was made for, where that is known: a plan that was compiled by
             ``fxmask.compile`` knows its timesteps only.
@@ -508,8 +523,9 @@ def load(
     if isinstance(folder, torch.nn.Module):
         raise InputError("the folder comes first: fxmask.load(folder, model, scheduler)")
     if is_a_pipeline(model):
-        return load_settings(Path(folder), model, backend=backend or "auto", mode=mode, progress=progress)
-    model, place = require_denoiser(model), Path(folder)
+        place = local_folder(folder)
+        return load_settings(place, model, backend=backend or "auto", mode=mode, progress=progress)
+    model, place = require_denoiser(model), local_folder(folder, allow_compiled=allow_compiled)
     packaged = backend in (None, "package") and read_again(place, lambda: is_package(place))
     if packaged and not allow_compiled:
         raise InputError(
@@ -529,7 +545,12 @@ def load(
     with foreign_errors_as(MaskError, f"the plan in {folder} does not fit this {type(model).__name__}", FOREIGN):
         plan = rectify(program, mask, start=facts["start"])
     accelerated = AcceleratedModel(
-        program, plan, backend or facts["backend"], mode if backend or mode else facts.get("mode"), facts=_about_sampler(facts)
+        program,
+        plan,
+        backend or facts["backend"],
+        mode if backend or mode else facts.get("mode"),
+        facts=kept_facts(facts),
+        progress=progress,
     )
     return accelerated if (backend or facts["backend"]) == "eager" else accelerated.compile_all(progress=progress)
 
@@ -557,7 +578,7 @@ def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress
     with foreign_errors_as(MaskError, f"the package in {folder} is damaged", FOREIGN):
         plan = rectify(package.program, package.mask, start=package.facts["start"])
         accelerated = AcceleratedModel(
-            package.program, plan, "package", compiler=package.compiler, facts=_about_sampler(package.facts)
+            package.program, plan, "package", compiler=package.compiler, facts=kept_facts(package.facts)
         )
         executor = accelerated.executor
         executor.graphs.prepare(plan)
@@ -592,6 +613,16 @@ def _seeds(seed: int, mask: Mask | None, learner: str, effort: str) -> list[int]
     """Of the runs that are recorded: one where nothing, or only the paper's learner, learns from them, or one is enough."""
     count = 1 if mask is not None or learner == "paper" or effort == "instant" else max(RECORDED_RUNS, 2 * Group.current().size)
     return [seed + k for k in range(count)]
+
+
+def _learned_facts(
+    runs: Sequence[Sampler], seeds: Sequence[int], outcome: Outcome, learner: str, effort: str, cost: str
+) -> dict[str, Any]:
+    """What a plan was learned on, and what was asked for."""
+    asked = {name: value for name, value in vars(outcome).items() if value is not None} or {"speedup": 1 / outcome.budget}
+    how = {"learner": learner} if learner != "default" else {"effort": effort}
+    facts = {"runs": len(runs), "images": sum(run.batch_size for run in runs), "seeds": list(seeds), **how, "asked": asked}
+    return {**facts, **({"cost": cost} if cost != "macs" else {})}
 
 
 def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], mask: Mask, scheduler: Any) -> None:
@@ -637,11 +668,6 @@ def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, An
         f"{type(program.model).__name__} has {program.fingerprint}"
         + (f"; it has no blocks {missing[:5]}" if missing else "; it has blocks of these names, but other operators")
     )
-
-
-def _about_sampler(facts: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("scheduler", "num_inference_steps", "scheduler_kwargs", "step_kwargs", "scheduler_timesteps")
-    return {name: facts[name] for name in names if name in facts}
 
 
 def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:

@@ -266,8 +266,9 @@ def test_readme_commands():
     for line in commands[2].splitlines():
         name, *arguments = shlex.split(line, comments=True)
         assert name == "fxmask"
-        options = cli.make_parser().parse_args(arguments)
-        assert options.model in SETS or (ROOT / options.model.split(":")[0]).exists()
+        command = cli.command_line.commands[arguments[0]]
+        model = command.make_context(name, list(arguments[1:])).params["model"]
+        assert model in SETS or (ROOT / model.split(":")[0]).exists()
     assert commands[0].endswith("python examples/ddpm.py")
     assert "pytest" in commands[1]
     assert "grep" in (ROOT / ".ci" / "run").read_text(), "CI reads the command from the README"

@@ -144,7 +144,7 @@ def table(rows: dict[str, Any]) -> str:
     lines = [
         "# Plans from few images",
         "",
-        f"`studies/few_images.py`, torch {torch.__version__}. Shipped pipelines (of the DiT the name says the guidance,",
+        "`studies/few_images.py`, on an H200, torch 2.11. Shipped pipelines (of the DiT the name says the guidance,",
         f"the others are at 4), DDIM, {STEPS} steps. PSNR in dB on {FRESH} fresh images of other noise and prompts; units are",
         "full sampling runs of the images that are learned from. `fewer steps`: the scheduler's own grid at the same cost.",
         "Below 16 images, half of them are held out, and both halves judge by turns; of one image, a second run with other",

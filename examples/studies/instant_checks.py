@@ -129,7 +129,9 @@ NOTES = """
 What is spent before the first check cannot be bounded: on the latent U-Net the first formed step alone stands for 41 % of
 the expected square error, so that computing nearly all of the rest changes little, and single images that go another way
 altogether (errors of 0.3 and more) are decided before it. On the DiT, where errors of unsuited runs grow over all steps,
-the bound takes the mean from 0.61 to 0.37. Other families were not measured.
+the bound takes the mean from 0.61 to 0.37; on PixArt from 0.050 to 0.020. Weighting by what the solver makes of an error
+tells more on the latent U-Net (0.69 for 0.57), and nothing where all steps count about alike (PixArt, the DiT, DDPM).
+Measured on an H200.
 """
 
 

@@ -158,7 +158,7 @@ class Search:
         measured = self.measured
         started = measured.units
         pool: Pool = []
-        with self.progress.bar(f"learning {1 / budget:.3g}x"):
+        with self.progress.bar(f"learning {1 / budget:.3g}x", self.effort.units, lambda: measured.units):
             try:
                 self._propose(pool, budget)
                 self._search(pool, budget)
@@ -308,9 +308,9 @@ class Search:
         pool.append(candidate)
         best = min(pool, key=lambda c: c.score)
         self.progress.show(
-            error=f"{best.score:.2f} dB",
-            macs=f"{self.student.spent(best.schedule):.3f}",
-            kind=best.schedule.description,
+            best=f"{best.score:.1f} dB",
+            ratio=f"{1 / self.student.spent(best.schedule):.2f}x",
+            of=best.schedule.description,
         )
         return candidate
 
@@ -359,20 +359,22 @@ class Search:
         low, high = 1.5 / steps, 1.0
         found: ParetoPoint | None = None
         nearest = float("inf")
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            try:
-                point = self.best(middle)
-            except OutcomeError:
-                low = middle
-                continue
-            nearest = min(nearest, point.error)
-            if point.error <= max_error:
-                found, high = point, middle
-                if point.error > max_error * (1 - TOLERANCE):
-                    break
-            else:
-                low = middle
+        total = BISECTIONS * self.effort.units
+        with self.progress.bar(f"learning for an error of {max_error:g}", total, lambda: self.measured.units):
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                try:
+                    point = self.best(middle)
+                except OutcomeError:
+                    low = middle
+                    continue
+                nearest = min(nearest, point.error)
+                if point.error <= max_error:
+                    found, high = point, middle
+                    if point.error > max_error * (1 - TOLERANCE):
+                        break
+                else:
+                    low = middle
         if found is None:
             everything = Schedule((frozenset(),) * steps, origin=Origin.EVERYTHING)
             logger.warning("no plan that saves anything keeps max_error=%g; the best had %.3g", max_error, nearest)

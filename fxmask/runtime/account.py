@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,3 +73,6 @@ class Improver(Protocol):
 
     def account(self) -> Account:
         """What was spent and saved until now."""
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts about the plan that is in use."""

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from tqdm.auto import tqdm
 
 from fxmask.backends.straight_line import restride
 from fxmask.ir.forecast import Cache, Slot
 from fxmask.ir.plan import Plan
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.coefficients import Coefficients
-from fxmask.runtime.graph_store import GraphStore
+from fxmask.runtime.graph_store import GraphStore, keys_of
 from fxmask.runtime.prologues import PrecomputedRow, PrologueRunner, Rows
 from fxmask.runtime.static_memory import dense
 
@@ -145,7 +144,8 @@ class Executor:
             arguments += ready.pick(row)
         arguments += ready.coefficients
         arguments += ready.read(cache)
-        results = ready.run(*arguments)
+        run = ready.run if ready.loose is not None else self.graphs.first_call(self.plan, step, ready.run)
+        results = run(*arguments)
         loose = ready.loose if ready.loose is not None else self._settle(step, ready, results)
         if not loose:
             for slot, value in zip(ready.targets, ready.take(results), strict=True):
@@ -193,9 +193,9 @@ class Executor:
         """Compile every distinct graph now, by running it once on the captured call with blank caches."""
         tensors = list(self.program.example.tensors.values())
         rows = self.begin(tensors)
-        first = sorted(self.plan.first_steps.values())
-        for step in tqdm(first, desc="compiling step graphs", unit="graph", disable=not progress):
-            self.run_step(step, tensors, {slot: self.blank(slot) for slot in self.slots(step)}, rows)
+        with self.graphs.bar.holding(keys_of(self.plan), progress):
+            for step in sorted(self.plan.first_steps.values()):
+                self.run_step(step, tensors, {slot: self.blank(slot) for slot in self.slots(step)}, rows)
 
     def slots(self, step: int) -> list[Slot]:
         """What a step reads or drops."""

@@ -14,6 +14,7 @@ from fxmask.ir.program import Program
 from fxmask.passes.specialize import specialize_step
 from fxmask.passes.split_regions import JOIN, KEPT, joins
 from fxmask.passes.step_graph import StepGraph
+from fxmask.runtime.compile_bar import CompileBar
 from fxmask.runtime.prologues import PrologueRunner
 from fxmask.runtime.static_memory import Memories
 
@@ -33,6 +34,7 @@ class GraphStore:
     Attributes:
         capturer: records steps, to be replayed; ``None`` if each is called.
         memories: that recorded steps work in.
+        bar: shown while step graphs compile.
     """
 
     def __init__(self, program: Program, backend: str, mode: str | None = None, compiler: Compiler | None = None) -> None:
@@ -42,6 +44,7 @@ class GraphStore:
         self.compiler = compiler or chosen.compiler(mode)
         self.capturer = chosen.capturer_for(program.example.sample.device)
         self.memories = Memories()
+        self.bar = CompileBar()
         self._graphs: dict[Any, tuple[StepGraph, Callable[..., Any]]] = {}
         self._prologues: dict[tuple[float, ...], PrologueRunner] = {}
         self._lock = threading.RLock()
@@ -54,6 +57,10 @@ class GraphStore:
                 if key not in self._graphs:
                     self._specialize(plan)
         return self._graphs[key]
+
+    def first_call(self, plan: Plan, step: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run`` of a step, which compiles when it is called for the first time; the bar shows that."""
+        return run if self._exact else self.bar.first_call(plan.steps[step].key, keys_of(plan), run)
 
     def prepare(self, plan: Plan) -> None:
         """Specialise all step graphs of a plan now; each is compiled at its first call."""
@@ -70,7 +77,7 @@ class GraphStore:
         for slot in {slot for step in plan.steps for load in step.formed for slot in load.slots}:
             marks.setdefault(self.program.block(slot.block).values[slot.value], []).append(KEPT)
         made = {}
-        for key in dict.fromkeys(step.key for step in plan.steps if step.graph >= 0):
+        for key in keys_of(plan):
             if key not in self._graphs:
                 steps = [i for i, step in enumerate(plan.steps) if step.graph >= 0 and step.key == key]
                 made[key] = specialize_step(self.program, plan, steps, self.prologue_runner(plan).prologues.sources, marks)
@@ -90,3 +97,8 @@ class GraphStore:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+
+def keys_of(plan: Plan) -> list[Any]:
+    """What tells the distinct step graphs of a plan apart, in order."""
+    return list(dict.fromkeys(step.key for step in plan.steps if step.graph >= 0))

@@ -41,9 +41,11 @@ from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
 from fxmask.runtime.generation import Generation, InferredGeneration
 from fxmask.runtime.marks import LaneName, Marks
+from fxmask.runtime.quality import MEASURED, Quality
 from fxmask.runtime.report import Report
 from fxmask.runtime.stand_in import stand_in
 from fxmask.runtime.variants import Variants
+from fxmask.storage.about import PLAN_FACTS, VERSIONS, base_model, plan_facts, versions
 from fxmask.storage.folders import check_destination
 from fxmask.storage.packages import write_package
 from fxmask.storage.plans import save_mask
@@ -119,6 +121,7 @@ class AcceleratedModel(torch.nn.Module):
         compiler: of the backend for this form of call, if it comes from a package; others are compiled with Inductor then.
         facts: about the sampler that the plan was made for; ``save`` writes them.
         checks: of the plan's full steps, for ``report``.
+        progress: show a bar while step graphs compile at their first call.
     """
 
     is_accelerated: ClassVar[bool] = True  # what an instance says of its class is the original's
@@ -138,6 +141,7 @@ class AcceleratedModel(torch.nn.Module):
         compiler: Compiler | None = None,
         facts: Mapping[str, Any] | None = None,
         checks: Checks | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         if plan.fingerprint != program.fingerprint:
@@ -146,7 +150,7 @@ class AcceleratedModel(torch.nn.Module):
             )
         model = program.model
         self._stand_in_for(model)
-        self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks), facts)
+        self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks, progress=progress), facts)
 
     @classmethod
     def without_plan(cls, model: torch.nn.Module) -> AcceleratedModel:
@@ -182,6 +186,12 @@ class AcceleratedModel(torch.nn.Module):
         private.variants, private.bind, private.facts = variants, Rebinder(variants.program.signature), dict(facts or {})
         private.inferred.clear()  # their lanes go on with the plan before
 
+    def note(self, **facts: Any) -> None:
+        """Keep facts about the present plan, plain data: ``save`` writes them."""
+        self._fxmask.facts.update(facts)
+        if self._fxmask.learner is not None:
+            self._fxmask.learner.note(facts)
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The original's class: pipelines check types, and record the class in their config."""
@@ -198,6 +208,11 @@ class AcceleratedModel(torch.nn.Module):
     def original(self) -> torch.nn.Module:
         """The denoiser that was accelerated."""
         return self._fxmask.model
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether there is a plan; in a pipeline the second call at a setting makes one."""
+        return self._fxmask.variants is not None
 
     @property
     def program(self) -> Program:
@@ -288,6 +303,8 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         if private.variants is None or private.bind is None or self._stands_aside:
             return private.model(*args, **kwargs)
+        if private.variants.background is not None and private.variants.is_waiting(private.bind(args, kwargs)):
+            return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
         with torch.no_grad() if recording else NOTHING:
             followed = generation.follow(args, kwargs, recording)
@@ -348,8 +365,17 @@ class AcceleratedModel(torch.nn.Module):
             inferred.start_again()
         return inferred
 
-    def compile_all(self, *, progress: bool = True) -> AcceleratedModel:
-        """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``."""
+    def compile_all(self, *, progress: bool = True, background: bool = False) -> AcceleratedModel:
+        """Compile every step graph now, for the captured shapes, instead of at its first call. Returns ``self``.
+
+        Args:
+            progress: show a bar.
+            background: in a thread of its own. The original answers until that is over, and to the end of the run in which it
+                is; the next run follows the plan.
+        """
+        if background:
+            self._fxmask.planned.compile_in_background(progress=progress)
+            return self
         with torch.no_grad():
             self.executor.compile_all(progress=progress)
         return self
@@ -358,7 +384,9 @@ class AcceleratedModel(torch.nn.Module):
         """What the plan saves, and what the latest runs did, as a table when printed; ``.to_dict()`` for programs."""
         private = self._fxmask
         account = None if private.learner is None else private.learner.account()
-        return Report.of(self.program, self.plan, private.planned.history.runs, private.planned.checks, account)
+        planned = private.planned
+        quality = Quality.of_facts(private.facts, self.plan.source)
+        return Report.of(self.program, self.plan, planned.history.runs, planned.checks, account, quality)
 
     def improve(self, effort: str = "quick", **options: Any) -> bool:
         """Spend time on a better plan, and use it from the next run on if recorded runs that it was not made from say so.
@@ -432,7 +460,10 @@ class AcceleratedModel(torch.nn.Module):
     def _facts(self) -> dict[str, Any]:
         """What the plan was made for."""
         facts = {**self._fxmask.facts, "model": type(self.original).__name__}
-        return {**facts, "roles": given_roles(self.program), "start": self.plan.start}
+        if Quality.of_facts(facts, self.plan.source) is None:
+            facts.pop(MEASURED, None)  # of another plan
+        about = {PLAN_FACTS: plan_facts(self.plan, self.program.batch_size), VERSIONS: versions(), **base_model(self.original)}
+        return {**facts, **about, "roles": given_roles(self.program), "start": self.plan.start}
 
     # Standing in for the original
 

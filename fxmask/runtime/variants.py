@@ -29,6 +29,7 @@ from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.passes.rectify import rectify
+from fxmask.runtime.background import Background
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
@@ -41,6 +42,7 @@ from fxmask.runtime.warn import Warner
 logger = logging.getLogger(__name__)
 NOTHING = contextlib.nullcontext()
 MOST_VARIANTS = 16  # that are kept, the ones used last
+NEAR = 5e-3  # of the largest timestep: a timestep in half precision is no other one
 MOST_REFUSED = 64  # forms of call that the model could not be captured for, and that are remembered
 MOST_VALUES = 6  # of one attribute or argument that the model is captured for; a value that never settles is not followed
 
@@ -121,6 +123,7 @@ class Variants:
             backend, is used here, too. The list may grow later.
         history: of the latest runs, if it is shared with them.
         checks: of the plan, if steps are compared with their forecasts.
+        progress: show a bar while step graphs compile at their first call.
         findings: of a trial, if the plan is one.
     """
 
@@ -135,13 +138,16 @@ class Variants:
         relatives: Sequence[Variants] = (),
         history: History | None = None,
         checks: Checks | None = None,
+        progress: bool = False,
         findings: Findings | None = None,
     ) -> None:
+        self.progress = progress
         self.program = program
         self.plan = plan
         self.backend = backend
         self.mode = mode
         self.loaded = compiler is not None
+        self.background: Background | None = None
         self.warn = Warner()
         self.history = history if history is not None else History()
         self.checks = checks
@@ -150,7 +156,8 @@ class Variants:
         self._model = program.model
         alike = [other for other in relatives if (other.backend, other.mode) == (backend, mode)]
         shared = next((v.graphs for other in alike for v in other.known if v.program is program), None)
-        self._known = [Variant(program, plan.source, backend, mode, plan, compiler, shared)]
+        self._known: list[Variant] = []
+        self._use(Variant(program, plan.source, backend, mode, plan, compiler, shared))
         # By form of call and modes: the state, and why it failed where the model itself did and nothing was said of it.
         self._refused: dict[Any, tuple[Snapshot, str | None]] = {}
         self._values: Counter[str] = Counter()
@@ -183,6 +190,28 @@ class Variants:
         if variant is None:
             raise CaptureError("the model cannot be captured any more as it is now; accelerate it again")
         return variant.executor(self.plan.start)
+
+    def compile_in_background(self, *, progress: bool) -> None:
+        """Compile the step graphs of the captured form of call in a thread of its own, while the original answers."""
+        executor = self.executor()
+        self.background = Background(lambda: executor.compile_all(progress=progress))
+
+    def is_waiting(self, bound: BoundCall) -> bool:
+        """Whether the original must answer a call: step graphs compile in the background, or the run began while they did."""
+        if self.background is None:
+            return False
+        if not self.background.is_over or not self._is_first(bound.timestep):
+            return True
+        self.background = None
+        return False
+
+    def _is_first(self, timestep: Any) -> bool:
+        """Whether a timestep is the one that runs begin with. Waits for the device."""
+        if timestep is None:
+            return True
+        timesteps = self.plan.mask.timesteps
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        return abs(value - timesteps[self.plan.start]) <= NEAR * max(map(abs, timesteps))
 
     def followed(self) -> None:
         """A call followed the plan: what kept others from it is news again."""
@@ -311,6 +340,7 @@ class Variants:
 
     def _use(self, variant: Variant) -> None:
         """Put a variant in front; forget the one that was used least recently if there are too many."""
+        variant.graphs.bar.shown = self.progress
         self._known = [variant, *(v for v in self._known if v is not variant)][:MOST_VARIANTS]
 
     def _reason_not_to_capture(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fxmask._torch import without_function_mode
 from fxmask.errors import SchedulerError
 
 DRAWS = (
@@ -45,6 +47,24 @@ class NoiseTape(TorchFunctionMode):
         if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
             return args[0].copy_(noise)
         return noise.clone()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[Callable[[], bool]]:
+        """Put the tape aside where nothing should be drawn: it takes time for every operator.
+
+        Yields:
+            A function that says whether something was drawn, by torch's own generators or onto the tape.
+        """
+        count, before = len(self.tensors), _states()
+        with without_function_mode(self):
+            yield lambda: len(self.tensors) > count or _states() != before
+
+
+def _states() -> list[Any]:
+    """What torch's own generators draw next, as far as that can be asked without a wait."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    offsets = [g.get_offset() for g in torch.cuda.default_generators] if used else []
+    return [torch.get_rng_state().numpy().tobytes(), *offsets]
 
 
 class FreshNoise(NoiseTape):

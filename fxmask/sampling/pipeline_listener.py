@@ -100,8 +100,13 @@ class PipelineListener:
         if keep:
             heard.given = self._kept(f"{entry.component}.{entry.method}", (args, kwargs))
         run = self.model if is_denoiser and self.model is not None else entry.original
-        output = run(*args, **kwargs)
-        heard.drew = len(self.tape.tensors) > heard.drawn
+        if is_denoiser or not keep:  # networks that are called again and again: nothing is drawn in them
+            with self.tape.aside() as drew:
+                output = run(*args, **kwargs)
+                heard.drew = drew()
+        else:
+            output = run(*args, **kwargs)
+            heard.drew = len(self.tape.tensors) > heard.drawn
         if keep:
             with contextlib.suppress(Exception):  # what cannot be copied is computed again
                 heard.output = copy.deepcopy(output)

@@ -34,7 +34,7 @@ def better_mask(
     backend: str = "auto",
     max_learning_bytes: int | None = None,
     learn_dtype: torch.dtype = torch.float32,
-) -> tuple[Mask | None, int]:
+) -> tuple[Mask | None, float, int]:
     """Learn a mask and compare it with the present one.
 
     Args:
@@ -51,7 +51,7 @@ def better_mask(
         learn_dtype: see ``fxmask.learn``.
 
     Returns:
-        The mask, ``None`` if it is not better, and how many calls of the denoiser that took.
+        The mask, ``None`` if it is not better; its relative L2 error on fresh noise; how many calls of the denoiser that took.
     """
     if effort not in EFFORTS:
         raise InputError(f"effort={effort!r} is unknown; choose one of {['instant', *EFFORTS]}")
@@ -78,7 +78,8 @@ def better_mask(
     gain = theirs - ours  # errors: smaller is better
     doubt = float(gain.std(correction=1) / len(gain) ** 0.5) if len(gain) > 1 else 0.0
     better = float(gain.mean()) > max(BETTER, doubt)
-    return (point.mask if better else None), calls
+    error = float((10 ** (ours / 10)).mean().sqrt())
+    return (point.mask if better else None), error, calls
 
 
 def decibels_on(program: Program, mask: Mask, runs: list[Sampler]) -> torch.Tensor:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fxmask.ir.mask import Mask
+from fxmask.ir.program import Program
 from fxmask.learning.instant.checks import fitted_checks, lanes_of
+from fxmask.learning.instant.fitting import Rule, fitted
 from fxmask.learning.instant.levels import ReusePlan
-from fxmask.learning.instant.parts import PartsLearner
+from fxmask.learning.instant.parts import PartsLearner, learner_of
 from fxmask.learning.instant.plans import InstantLearner, InstantPlan
+from fxmask.passes.rectify import rectify
 from fxmask.runtime.checks import Check, Checks
+from fxmask.sampling.sampler import Sampler
 
 
 def checks_of(learner: InstantLearner | PartsLearner, plan: InstantPlan | ReusePlan, max_error: float | None) -> Checks | None:
@@ -23,6 +30,19 @@ def checks_of(learner: InstantLearner | PartsLearner, plan: InstantPlan | ReuseP
     lanes = lanes_of(learner.responses[-1].mixing) if alone else (1.0,)
     by_step = {c.step: Check(c.sources, c.coefficients, c.expected, c.share) for c in found}
     return Checks(by_step, plan.error, lanes, max_error)
+
+
+def checks_of_mask(
+    runs: Sequence[Sampler], program: Program, mask: Mask, error: float, max_error: float | None
+) -> Checks | None:
+    """Checks of the full steps of any mask: those of forecasts between the same full steps, with the mask's own error."""
+    plan = rectify(program, mask)
+    computed = tuple(i for i, step in enumerate(plan.steps) if step.macs == plan.full_macs)
+    learner = learner_of(list(runs), program)
+    if len(computed) < 3 or len(computed) == len(plan.steps) or isinstance(learner, PartsLearner):
+        return None
+    terms = fitted(learner.moments, Rule(), computed)
+    return checks_of(learner, InstantPlan(computed, Rule(), terms, placed=False, error=error), max_error)
 
 
 def _checks_of_parts(learner: PartsLearner, plan: InstantPlan, max_error: float | None) -> Checks | None:

@@ -1,7 +1,10 @@
 """Plans of several settings in one folder: a saved plan each, in folders of their own, and a list of them.
 
-folder/settings.json           the list, replaced last
+folder/settings.json           the list, with the digest of each plan; replaced last
 folder/<digest of setting>/    what AcceleratedModel.save writes
+folder/README.md, *.png        for people
+
+Version 1 of the list had no digests.
 """
 
 from __future__ import annotations
@@ -9,31 +12,41 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fxmask._torch import pytree
 from fxmask.errors import InputError, MaskError
-from fxmask.files.bounded import JSON_BYTES, read_bounded
+from fxmask.files.bounded import JSON_BYTES, file_digest, read_bounded
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.files.replace import replace_file
+from fxmask.files.sealed import head_of, parse, seal, unseal
 from fxmask.frontend.capture import capture
 from fxmask.frontend.modules import module_device
 from fxmask.learning.effort import Limits
 from fxmask.learning.outcome import Outcome
+from fxmask.passes.rectify import rectify
 from fxmask.runtime.checks import Check, Checks
 from fxmask.runtime.model import AcceleratedModel
+from fxmask.runtime.quality import MEASURED, Quality
 from fxmask.settings.components import denoisers_of, original_of
-from fxmask.settings.key import Setting
+from fxmask.settings.key import MAIN, Setting
 from fxmask.settings.known import Known
 from fxmask.settings.pipeline import install
 from fxmask.settings.session import Session
 from fxmask.settings.together import joined
+from fxmask.storage.about import LEARNED, PLAN_FACTS, VERSIONS, base_model, kept_facts, plan_facts, versions
+from fxmask.storage.card import Entry, write_card
 from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan, save_mask
+from fxmask.storage.schema import PLAN
 
 LIST = "settings.json"
-FORMAT, VERSION = "fxmask settings", 1
+FORMAT, VERSION = "fxmask settings", 2
 
 
 def save_settings(session: Session, folder: Path) -> None:
@@ -48,19 +61,22 @@ def save_settings(session: Session, folder: Path) -> None:
     if not any(known.mask is not None for part in session.parts for known in part.settings.values()):
         raise InputError("no setting has a plan yet: the first call of the pipeline at a setting is recorded. Call it first")
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [entry for part in session.parts for entry in _save_part(part, folder)]
+    shown: list[Entry] = []
+    entries = [entry for part in session.parts for entry in _save_part(part, folder, shown)]
     outcome = {name: value for name, value in vars(session.outcome).items() if value is not None}
     content = {"format": FORMAT, "version": VERSION, "outcome": outcome, "component": session.component, "settings": entries}
     if session.others:
         content["components"] = [part.component for part in session.parts]
     try:
-        replace_file(folder / LIST, json.dumps(content, indent=1).encode(), folder / f"{LIST}.partial")
+        replace_file(folder / LIST, seal(content, indent=1), folder / f"{LIST}.partial")
     except OSError as error:
         raise MaskError(f"the settings cannot be written to {folder}: {error}") from error
+    models = list(dict.fromkeys(type(part.model.original).__name__ for part in session.parts))
+    write_card(folder, shown, model=" and ".join(models), component=session.component)
 
 
-def _save_part(session: Session, folder: Path) -> list[dict[str, Any]]:
-    """Write the plans of one denoiser; what the list says of each."""
+def _save_part(session: Session, folder: Path, shown: list[Entry]) -> list[dict[str, Any]]:
+    """Write the plans of one denoiser; what the list says of each. For the card they are added to ``shown``."""
     entries = []
     for setting, known in session.settings.items():
         data: dict[str, Any] = {"setting": setting.to_data()}
@@ -73,17 +89,56 @@ def _save_part(session: Session, folder: Path) -> list[dict[str, Any]]:
         assert session.program is not None
         named = data["setting"] if not session.shared else [session.component, data["setting"]]
         name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-        facts = {
-            **known.facts,
-            "model": type(session.model.original).__name__,
-            "roles": dict(session.given_roles()),
-            "start": 0,
-            "backend": session.backend,
-            "mode": session.mode,
-        }
+        facts = _facts(session, setting, known)
         save_mask(folder / name, known.mask, facts, session.program.example.arguments)
-        entries.append({"folder": name, **data, "effort": known.effort, "checks": _checks_to_data(known.checks)})
+        digest = file_digest(folder / name / PLAN)
+        entries.append(
+            {"folder": name, "plan": digest, **data, "effort": known.effort, "checks": _checks_to_data(known.checks)}
+        )
+        title = f"{session.component}: {setting}" if session.shared else str(setting)
+        shown.append(Entry(title, known.mask, facts, f"{name}.png"))
     return entries
+
+
+def _facts(session: Session, setting: Setting, known: Known) -> dict[str, Any]:
+    """What a plan says of itself."""
+    assert known.mask is not None
+    assert session.program is not None
+    facts = {
+        **known.facts,
+        **_learned(session, setting, known),
+        "model": type(session.model.original).__name__,
+        "roles": dict(session.given_roles()),
+        "start": 0,
+        "backend": session.backend,
+        "mode": session.mode,
+        PLAN_FACTS: plan_facts(rectify(session.program, known.mask), session.program.batch_size),
+        VERSIONS: versions(),
+        **base_model(session.model.original),
+    }
+    if Quality.of_facts(facts, known.mask) is None:
+        facts.pop(MEASURED, None)  # of another plan
+    return facts
+
+
+def _learned(session: Session, setting: Setting, known: Known) -> dict[str, Any]:
+    """What a plan was learned on, as far as it is known here; of a plan that was loaded, what its folder said."""
+    if not known.runs:
+        return {}
+    asked = {name: value for name, value in vars(session.outcome).items() if value is not None}
+    asked = asked or {"speedup": 1 / session.outcome.budget}
+    seeds = sorted({seed for run in known.runs for seed in seeds_of(run)})
+    said = {name: value for name, value in setting.arguments if name in MAIN and value is not None}
+    images = sum(run.batch_size for run in known.runs)
+    learned = {"runs": len(known.runs), "images": images, "seeds": seeds, "effort": known.effort, "asked": asked, **said}
+    return {LEARNED: {name: value for name, value in learned.items() if value not in ([], {})}}
+
+
+def seeds_of(run: Any) -> list[int]:
+    """Seeds of the generators that a recorded call was given."""
+    arguments = getattr(getattr(run, "run", None), "arguments", None)
+    given = [] if arguments is None else pytree.tree_leaves((list(arguments.args), dict(arguments.kwargs)))
+    return [x.initial_seed() for x in given if isinstance(x, torch.Generator)]
 
 
 def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, progress: bool) -> Any:
@@ -92,11 +147,7 @@ def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, pr
     Raises:
         MaskError: the folder holds nothing of that kind, or the plans are of another model.
     """
-    data = _read(folder)
-    with foreign_errors_as(MaskError, f"{folder / LIST} is damaged", FOREIGN):
-        names = [str(name) for name in data.get("components", [data["component"]])]
-        outcome = Outcome(**{str(k): float(v) for k, v in data["outcome"].items()})
-        entries = [(str(x.get("component", names[0])), Setting.from_data(x["setting"]), x) for x in data["settings"]]
+    names, outcome, entries = read_settings(folder)
     sessions = {
         name: Session(
             AcceleratedModel.without_plan(original_of(pipe, name)),
@@ -109,25 +160,20 @@ def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, pr
         )
         for name in denoisers_of(pipe, names)
     }
-    for component, setting, entry in entries:
-        if component not in sessions:
-            raise MaskError(f"{folder / LIST} is damaged: {component!r} is none of {names}")
-        _load_plan(folder, sessions[component], setting, entry)
+    for entry in entries:
+        if entry.component not in sessions:
+            raise MaskError(f"{folder / LIST} is damaged: {entry.component!r} is none of {names}")
+        _load_plan(folder, sessions[entry.component], entry)
     install(pipe, joined(list(sessions.values())))
     return pipe
 
 
-def _load_plan(folder: Path, session: Session, setting: Setting, entry: Mapping[str, Any]) -> None:
+def _load_plan(folder: Path, session: Session, entry: SavedSetting) -> None:
     """Read the plan of one setting."""
-    model = session.model.original
-    if entry.get("unused") is True:
-        session.settings[setting] = Known(unused=True)
+    model, place = session.model.original, entry.place
+    if place is None:
+        session.settings[entry.setting] = Known(unused=True)
         return
-    with foreign_errors_as(MaskError, f"{folder / LIST} is damaged", FOREIGN):
-        name, effort, checks = str(entry["folder"]), str(entry["effort"]), _checks_of(entry["checks"])
-    if Path(name).name != name:
-        raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
-    place = folder / name
     mask, facts, example = load_plan(place)
     facts = facts_of(place, mask, facts)
     if session.program is None:
@@ -136,8 +182,52 @@ def _load_plan(folder: Path, session: Session, setting: Setting, entry: Mapping[
             session.program = capture(model, placed_call(example, module_device(model)), roles=roles)
     if mask.fingerprint is None or not session.program.fits(mask.fingerprint):
         raise MaskError(f"the plans in {folder} were made for another model than this {type(model).__name__}")
-    about = {k: v for k, v in facts.items() if k not in ("model", "roles", "start", "backend", "mode")}
-    session.settings[setting] = Known(mask=mask, checks=checks, facts=about, effort=effort)
+    session.settings[entry.setting] = Known(mask=mask, checks=entry.checks, facts=kept_facts(facts), effort=entry.effort)
+
+
+@dataclass(frozen=True)
+class SavedSetting:
+    """What the list says of one setting.
+
+    Attributes:
+        component: name of the denoiser.
+        setting: of the pipeline.
+        place: folder of its plan; ``None`` if the denoiser is not called at this setting.
+        effort: that the plan was made with.
+        checks: of its full steps.
+    """
+
+    component: str
+    setting: Setting
+    place: Path | None
+    effort: str = "instant"
+    checks: Checks | None = None
+
+
+def read_settings(folder: Path) -> tuple[list[str], Outcome, list[SavedSetting]]:
+    """The list of plans in a folder: names of the denoisers, what was asked for, and all settings.
+
+    Raises:
+        MaskError: there is none, it is damaged, or a plan is not the one that it was written with.
+    """
+    data = _read(folder)
+    with foreign_errors_as(MaskError, f"{folder / LIST} is damaged", FOREIGN):
+        names = [str(name) for name in data.get("components", [data["component"]])]
+        outcome = Outcome(**{str(k): float(v) for k, v in data["outcome"].items()})
+        return names, outcome, [_setting_of(folder, names, entry) for entry in data["settings"]]
+
+
+def _setting_of(folder: Path, names: list[str], entry: Mapping[str, Any]) -> SavedSetting:
+    component, setting = str(entry.get("component", names[0])), Setting.from_data(entry["setting"])
+    if entry.get("unused") is True:
+        return SavedSetting(component, setting, None)
+    name, digest = str(entry["folder"]), entry.get("plan")
+    if Path(name).name != name:
+        raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
+    place = folder / name
+    if digest is not None and (place / PLAN).is_file() and file_digest(place / PLAN) != digest:
+        raise MaskError(f"the plan for {setting} in {place} is not the one that {folder / LIST} was written with; {FOREIGN}")
+    return SavedSetting(component, setting, place, str(entry["effort"]), _checks_of(entry["checks"]))
 
 
 def _read(folder: Path) -> Any:
@@ -145,12 +235,13 @@ def _read(folder: Path) -> Any:
     if not place.is_file():
         raise MaskError(f"{folder} holds no plans of a pipeline; fxmask.save(pipe, folder) writes them")
     with foreign_errors_as(MaskError, f"{place} is damaged", FOREIGN):
-        data = json.loads(read_bounded(place, JSON_BYTES))
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}")
-        if data["version"] != VERSION:
-            raise ValueError(f"its version is {data['version']}, and this fxmask knows {VERSION}")
-        return data
+        raw = read_bounded(place, JSON_BYTES)
+        head = head_of(raw)
+        if head.format != FORMAT:
+            raise ValueError(f"its format is {head.format!r}")
+        if head.version not in (1, VERSION):
+            raise ValueError(f"its version is {head.version}, and this fxmask knows 1 and {VERSION}")
+        return unseal(raw, dict) if head.version == VERSION else parse(raw, dict)
 
 
 def _checks_to_data(checks: Checks | None) -> Any:

@@ -46,7 +46,7 @@ from fxmask.sampling.pipeline_trajectory import INTERRUPTED, PipelineTrajectory
 from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Sampler
 from fxmask.settings.better import better_mask
-from fxmask.settings.checked import checks_of
+from fxmask.settings.checked import checks_of, checks_of_mask
 from fxmask.settings.components import accelerated_in
 from fxmask.settings.key import Setting, setting_of
 from fxmask.settings.known import KEPT_RUNS, Known, count_graphs, named
@@ -461,6 +461,7 @@ class Session:
             relatives=self._relatives,
             history=self._history,
             checks=known.checks,
+            progress=self.progress,
             findings=known.findings,
         )
         if known.variants is not None:
@@ -539,7 +540,7 @@ class Session:
         assert program is not None
         assert mask is not None
         began = time.perf_counter()
-        found, calls = better_mask(
+        found, error, calls = better_mask(
             program,
             list(known.runs),
             mask,
@@ -553,7 +554,8 @@ class Session:
             self._further_calls += calls
             if found is None:
                 return False
-            known.mask, known.effort, known.checks = found, effort, None
+            known.mask, known.effort = found, effort
+            known.checks = checks_of_mask(known.runs, program, found, error, self.outcome.max_error)
             known.trial = known.findings = None
             self._use(known)
         return True
@@ -579,6 +581,11 @@ class Session:
                 self._improve(known, "quick", progress=False)
             except Exception:  # in a thread of its own: nobody else would hear of it
                 logger.warning("improving a plan in the background failed; the plan stays", exc_info=True)
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts about the plan that is in use."""
+        if self._latest is not None:
+            self._latest.facts = {**self._latest.facts, **facts}
 
     def account(self) -> Account:
         """What was spent and saved until now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxmask.settings.pipeline import install, restore
 from fxmask.settings.session import Session
 from fxmask.settings.together import joined
 
+logger = logging.getLogger(__name__)
 EVERY = 20  # one call of a pipeline in so many is recorded, where plans are made better in the background
 
 
@@ -60,6 +62,11 @@ def accelerate_pipeline(
     if calls is not None or effort != "instant":
         try:
             learn_from_calls(pipe, sessions[0], calls, steps, effort, seed)
+        except KeyboardInterrupt:
+            if not any(part.model.has_plan for part in sessions):
+                restore(pipe)
+                raise
+            logger.warning("learning was interrupted; the plans that were made until then are used")
         except BaseException:
             restore(pipe)
             raise

@@ -86,6 +86,21 @@ class Facts(msgspec.Struct, frozen=True):
     scheduler_kwargs: dict[str, Any] | None = None
     step_kwargs: dict[str, Any] | None = None
     scheduler_timesteps: list[float] | None = None
+    learned: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+    plan: PlanNumbers | None = None
+    versions: dict[str, str] | None = None
+
+
+class PlanNumbers(msgspec.Struct, frozen=True):
+    """What a plan saves, for those who read the folder; loading works it out again."""
+
+    mac_ratio: float
+    macs: Count
+    full_macs: Count
+    distinct_graphs: Count
+    peak_cache_bytes: Count
+    batch_size: Count
 
 
 class SchedulerFacts(msgspec.Struct, frozen=True):

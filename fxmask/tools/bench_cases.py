@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from fxmask._torch import pytree
 from fxmask.errors import InputError
 from fxmask.ir.calls import Signature
+from fxmask.sampling.pipeline_trajectory import record_pipeline
+from fxmask.settings.pipeline import is_a_pipeline
 from fxmask.tools.bench_shapes import SETS, SHAPES, diffusers_package
 from fxmask.tools.place import built_on, placed
 
@@ -33,8 +36,8 @@ def load_case(
     Args:
         case: ``"file.py:function"`` or ``"package.module:function"``: the function takes nothing, or some of ``batch``,
             ``device`` and ``dtype``, and returns the model, or the model and a dict of arguments; missing arguments are
-            inferred. Or the name of a shape (``SHAPES``), with random weights. Or a folder or a name on the hub of a diffusers
-            model or pipeline, with its weights.
+            inferred; or a pipeline, or a pipeline and a call, of which it is the denoiser. Or the name of a shape (``SHAPES``),
+            with random weights. Or a folder or a name on the hub of a diffusers model or pipeline, with its weights.
         batch: B; that of the call if not given.
         device: on which shapes are built, and to which others go.
         dtype: in which it is built; as it is if not given.
@@ -45,7 +48,11 @@ def load_case(
     torch.manual_seed(0)
     given = {"batch": batch, "device": device, "dtype": dtype}
     made = _make(case, {name: value for name, value in given.items() if value is not None})
-    model, call = made if isinstance(made, tuple) else (made, {})
+    model, call = (*made, {})[:2] if isinstance(made, tuple) else (made, {})
+    if is_a_pipeline(model):
+        model, call = _denoiser_of(model, call)
+    elif not isinstance(call, Mapping):
+        call = {}  # a scheduler
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{case!r} returned {type(model).__name__}, not a torch.nn.Module (and a dict of arguments)")
     model = model.eval()
@@ -53,6 +60,15 @@ def load_case(
         torch.nn.Module.to(model, device, dtype)  # diffusers' own warns of types that were never set
         call = placed(call, device, dtype)
     return model, with_batch(model, dict(call), batch)
+
+
+def _denoiser_of(pipe: Any, calls: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The denoiser of a pipeline, and what it is called with: the pipeline is called once, with two steps."""
+    if callable(getattr(pipe, "set_progress_bar_config", None)):
+        pipe.set_progress_bar_config(disable=True)
+    call = calls if isinstance(calls, Mapping) else next(iter(calls), {})
+    run = record_pipeline(pipe, **{**call, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)})
+    return run.denoiser, dict(run.calls[0][0])
 
 
 def with_batch(model: torch.nn.Module, call: dict[str, Any], batch: int | None) -> dict[str, Any]:
@@ -84,6 +100,9 @@ def _make(case: str, given: dict[str, Any]) -> Any:
 def from_code(case: str, given: dict[str, Any]) -> Any:
     """What the function of a file or a module returns."""
     place, _, name = case.rpartition(":")
+    beside = str(Path(place).resolve().parent if place.endswith(".py") else Path.cwd())
+    if beside not in sys.path:
+        sys.path.insert(0, beside)  # and it stays there: functions import when they are called, too
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 import torch
 
 from fxmask.errors import InputError
@@ -18,18 +19,21 @@ from fxmask.tools.bench_facts import facts_of
 from fxmask.tools.bench_parts import Part, add_cold_of, attempt_part, besides, measure_apart, measure_part
 from fxmask.tools.bench_report import draw, to_markdown
 from fxmask.tools.bench_shapes import SHAPES
+from fxmask.tools.command_line import Command, Several
 from fxmask.tools.place import DTYPES, require_device
 
 HELP = """\
 Compare eager, torch.compile and fxmask at several ratios of MACs, with random masks over residual branches.
 
+\b
     fxmask bench examples/studies/speed.py:dit_s --ratios 2 4 --output build/bench
     fxmask bench gpu --device cuda --dtype bfloat16 --output build/bench
 
 writes bench.md, bench.json, environment.json, bench.png and traces. MODEL is one of
 
+\b
 - file.py:function or package.module:function; the function takes nothing, or some of batch, device and dtype, and returns the
-  denoiser, or the denoiser and a dict of the arguments of one call;
+  denoiser, or the denoiser and a dict of the arguments of one call; or a pipeline, or a pipeline and the arguments of a call;
 - dit-xl-2, pixart-sigma-1024, sdxl or flux: that shape, with random weights; gpu: all of these;
 - a folder or a name on the hub (owner/name) of a diffusers model or pipeline, with its weights.
 
@@ -44,29 +48,49 @@ versions){rest}. An issue with the folder as an archive is the easiest way.
 """
 
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The command's options."""
-    bench = commands.add_parser(
-        "bench", help="measure step graphs", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    bench.add_argument("model", metavar="MODEL")
-    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    bench.add_argument("--dtype", choices=tuple(DTYPES), help="type that the model is built in; by default its own")
-    bench.add_argument("--batches", nargs="+", type=int, help="batch sizes; 1 2 8 for shapes on a GPU, else the call's own")
-    bench.add_argument("--ratios", nargs="+", type=float, default=[2.0, 4.0], help="ratios of MACs")
-    bench.add_argument("--modes", nargs="+", default=["regions", "whole"], help="how step graphs are compiled")
-    bench.add_argument("--backends", nargs="+", help="inductor, cudagraph; both on a GPU")
-    bench.add_argument("--steps", type=int, default=20, help="sampling steps")
-    bench.add_argument("--distinct", type=int, help="rows of a mask that are drawn; 3 on a GPU, else each is another")
-    bench.add_argument("--repeats", type=int, default=9, help="turns; the medians are reported")
-    bench.add_argument("--seed", type=int, default=0, help="of the masks")
-    bench.add_argument("--cold", action="store_true", help="also time compilation, in processes of their own")
-    bench.add_argument("--kernels", action="store_true", help="also count kernels; compiles everything again")
-    bench.add_argument("--traces", type=int, help="step graphs of each that are traced into --output; 4 on a GPU, else none")
-    bench.add_argument("--output", type=Path, help="folder for the table, JSON, plot and traces")
+@dataclass(frozen=True)
+class BenchOptions:
+    """What the command was asked for."""
+
+    model: str
+    device: str
+    dtype: str | None
+    batches: tuple[int, ...]
+    ratios: tuple[float, ...]
+    modes: tuple[str, ...]
+    backends: tuple[str, ...]
+    steps: int
+    distinct: int | None
+    repeats: int
+    seed: int
+    cold: bool
+    kernels: bool
+    traces: int | None
+    output: Path | None
 
 
-def parts_of(options: argparse.Namespace) -> list[Part]:
+@click.command("bench", cls=Command, help=HELP, short_help="Measure step graphs beside eager mode and torch.compile.")
+@click.argument("model", metavar="MODEL")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:1")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), help="type that the model is built in; by default its own")
+@click.option("--batches", cls=Several, type=int, help="batch sizes; 1 2 8 for shapes on a GPU, else the call's own")
+@click.option("--ratios", cls=Several, type=float, default=(2.0, 4.0), show_default=True, help="ratios of MACs")
+@click.option("--modes", cls=Several, default=("regions", "whole"), show_default=True, help="how step graphs are compiled")
+@click.option("--backends", cls=Several, help="inductor, cudagraph; both on a GPU")
+@click.option("--steps", type=int, default=20, show_default=True, help="sampling steps")
+@click.option("--distinct", type=int, help="rows of a mask that are drawn; 3 on a GPU, else each is another")
+@click.option("--repeats", type=int, default=9, show_default=True, help="turns; the medians are reported")
+@click.option("--seed", type=int, default=0, show_default=True, help="of the masks")
+@click.option("--cold", is_flag=True, help="also time compilation, in processes of their own")
+@click.option("--kernels", is_flag=True, help="also count kernels; compiles everything again")
+@click.option("--traces", type=int, help="step graphs of each that are traced into --output; 4 on a GPU, else none")
+@click.option("--output", type=click.Path(path_type=Path), help="folder for the table, JSON, plot and traces")
+def bench_command(**given: Any) -> int:
+    """Measure; the exit status is 1 if nothing was measured."""
+    return run_bench(BenchOptions(**given))
+
+
+def parts_of(options: BenchOptions) -> list[Part]:
     """What is measured, in order.
 
     Raises:
@@ -103,7 +127,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     return parts
 
 
-def run_bench(options: argparse.Namespace) -> int:
+def run_bench(options: BenchOptions) -> int:
     """Measure, write and say what was done; the exit status is 1 if nothing was measured.
 
     Raises:

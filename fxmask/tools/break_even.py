@@ -2,84 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import click
 import torch
 
 from fxmask.api import accelerate
 from fxmask.errors import InputError
-from fxmask.settings.pipeline import accelerated_of, is_a_pipeline
-from fxmask.tools.bench_cases import from_code
-from fxmask.tools.bench_shapes import diffusers_package
-from fxmask.tools.place import DTYPES, require_device
+from fxmask.settings.pipeline import accelerated_of
+from fxmask.tools.command_line import AS_JSON, BACKEND, NAMED, PLACE, Call, Command, as_json, options, printed
+from fxmask.tools.subjects import load_subject, seeded
 
 
-def add_break_even(commands: Any) -> None:
-    """Add the command to a parser's."""
-    parser = commands.add_parser("break-even", help="make images with a pipeline, and say when its plan is paid back")
-    parser.add_argument(
-        "pipeline", metavar="PIPELINE", help="file.py:function or module:function, a folder, or a name on the hub"
-    )
-    parser.add_argument("--call", default="{}", help='arguments of each call, as JSON, e.g. \'{"prompt": "a cat"}\'')
-    parser.add_argument("--images", type=int, default=5, help="how many calls are made, 2 at least")
-    parser.add_argument("--speedup", type=float, default=2.0, help="ratio of MACs")
-    parser.add_argument("--backend", default="auto", choices=("auto", "inductor", "eager"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--json", action="store_true", help="print numbers for programs")
-
-
-def run_break_even(options: argparse.Namespace) -> int:
-    """Run the command; returns the exit status.
-
-    Raises:
-        InputError: there is no such pipeline, or the arguments are none.
-    """
-    if options.images < 2:
-        raise InputError(f"--images {options.images}: the first is made in full and the second has a plan; make 2 at least")
-    try:
-        call = json.loads(options.call)
-    except json.JSONDecodeError as error:
-        raise InputError(f"--call {options.call!r} is no JSON: {error}") from error
-    if not isinstance(call, dict):
-        raise InputError(f'--call {options.call!r} must be arguments by name, e.g. \'{{"prompt": "a cat"}}\'')
-    device = require_device(options.device)
-    pipe = _pipeline(options.pipeline, device, DTYPES.get(options.dtype))
-    accelerate(pipe, speedup=options.speedup, backend=options.backend, progress=not options.json)
+@click.command("break-even", cls=Command, epilog=NAMED)
+@click.argument("pipeline", metavar="PIPELINE")
+@options(
+    click.option("--call", type=Call(), default="{}", help='arguments of each call, as JSON, e.g. \'{"prompt": "a cat"}\''),
+    click.option("--images", type=int, default=5, show_default=True, help="how many calls are made, 2 at least"),
+    click.option("--speedup", type=float, default=2.0, show_default=True, help="ratio of MACs"),
+    BACKEND,
+    PLACE,
+    AS_JSON,
+)
+def break_even_command(
+    pipeline: str,
+    call: Mapping[str, Any],
+    images: int,
+    speedup: float,
+    backend: str,
+    device: str,
+    dtype: str | None,
+    json_wanted: bool,
+) -> None:
+    """Make images with a pipeline, the first in full, and say when its plan is paid back."""
+    if images < 2:
+        raise InputError(f"--images {images}: the first is made in full and the second has a plan; make 2 at least")
+    subject = load_subject(pipeline, device, dtype)
+    if subject.pipe is None:
+        raise InputError(f"{pipeline!r} is a denoiser, and only pipelines are called again and again")
+    pipe = accelerate(subject.pipe, speedup=speedup, backend=backend, progress=not json_wanted)
     seconds = []
-    for seed in range(options.images):
+    for seed in range(images):
         began = time.perf_counter()
-        pipe(**call, generator=torch.Generator().manual_seed(seed))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        pipe(**{**subject.calls[0], **call}, generator=seeded(seed))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
     report = accelerated_of(pipe).report()
-    if options.json:
+    if json_wanted:
         assert report.account is not None
-        sys.stdout.write(json.dumps({"seconds": seconds, "error": report.error, **report.account.to_dict()}) + "\n")
-    else:
-        sys.stdout.write("seconds of each call  " + " ".join(f"{x:.2f}" for x in seconds) + f"\n{report}\n")
-    return 0
-
-
-def _pipeline(name: str, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """What is named, on the device.
-
-    Raises:
-        InputError: it is none.
-    """
-    if ":" in name:
-        pipe = from_code(name, {})
-    else:
-        try:
-            pipe = diffusers_package().DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
-        except Exception as error:  # of a hub, of a file, of a class
-            reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-            raise InputError(f"{name!r} is no diffusers pipeline: {reason}") from error
-    if not is_a_pipeline(pipe):
-        raise InputError(f"{name!r} returned {type(pipe).__name__}, and a pipeline is called and holds a scheduler")
-    return pipe.to(device, dtype) if dtype is not None else pipe.to(device)
+        as_json({"seconds": seconds, "error": report.error, **report.account.to_dict()})
+        return
+    printed("seconds of each call  " + " ".join(f"{x:.2f}" for x in seconds) + f"\n{report}")

@@ -231,7 +231,7 @@ def test_pareto_plot(dit, tmp_path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from fxmask.tools.draw import draw_pareto
+    from fxmask.pictures import draw_pareto
 
     program, runs = dit
     figure, axes = plt.subplots()

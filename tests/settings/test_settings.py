@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,6 +338,31 @@ def test_improving_never_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None
     assert session_of(pipe).account().calls > 0
     images(pipe, call, 2)
     assert calls_followed(pipe) == 5
+
+
+def test_an_improved_plan_is_checked_and_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fxmask.settings.better as better
+
+    pipe, call = small()
+    accelerated(pipe, speedup=None, max_error=0.5)
+    steps = {"num_inference_steps": 12}
+    images(pipe, call, 0, **steps)
+    images(pipe, call, 1, **steps)
+    known = next(iter(session_of(pipe).settings.values()))
+    before = known.mask
+    errors = {True: 20.0, False: 10.0}
+    monkeypatch.setattr(better, "decibels_on", lambda p, mask, runs: torch.full((2,), errors[mask is before]).double() - 40)
+    mask = fxmask.policies.interval(3)(session_of(pipe).program, before.timesteps)
+    monkeypatch.setattr(better.Search, "meet_error", lambda self, error: SimpleNamespace(mask=mask, units=1.0))
+    assert pipe.unet.improve("quick")
+    assert known.checks.error == pytest.approx(10 ** (-30 / 20))
+    images(pipe, call, 2, **steps)
+    assert pipe.unet.report().runs[-1].error is not None
+    assert pipe.unet.report().runs[-1].guarded is None
+    known.checks = dataclasses.replace(known.checks, max_error=1e-9)
+    session_of(pipe)._use(known)
+    images(pipe, call, 3, **steps)
+    assert pipe.unet.report().runs[-1].guarded is not None
 
 
 def test_report_says_what_was_spent_and_how_large_errors_are() -> None:

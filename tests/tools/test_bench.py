@@ -306,7 +306,9 @@ def test_what_is_measured_on_a_gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench_command, "require_device", lambda name: torch.device("cuda", 1))
     given = ["bench", "gpu", "--device", "cuda:1", "--dtype", "float16", "--output", str(tmp_path)]
-    parts = bench_command.parts_of(cli.make_parser().parse_args(given))
+    parts = []
+    monkeypatch.setattr(bench_command, "run_bench", lambda options: parts.extend(bench_command.parts_of(options)) or 0)
+    assert cli.main(given) == 0
     assert [(part.case, part.batch) for part in parts] == [(name, b) for name in bench_cases.SHAPES for b in (1, 2, 8)]
     assert {(part.device, part.dtype, part.distinct) for part in parts} == {("cuda:1", "float16", 3)}
     assert [part.traces for part in parts[:3]] == [4, 0, 0]

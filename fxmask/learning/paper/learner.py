@@ -64,6 +64,8 @@ def learn_paper(
     if outcome.max_error is None:
         budget.check(outcome, limits.max_graphs)
     scores = learn_scores(program, calls, outcome.budget, seed, progress, options)
+    if options.on_scores is not None:
+        options.on_scores(scores.values)
     if outcome.max_error is not None:
         mask = _meet_error(program, calls, scores, budget, outcome.max_error, limits.max_graphs, seed)
     else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class PaperOptions:
         weighted: whether ``w(i)`` scales the penalties (timestep-aware scaling); else 1.
         gumbel: scores are binary Gumbel-Softmax samples of logits (temperature 1, straight through is not used, as in
             the paper's comparison), instead of free numbers from random samples.
+        on_scores: is called with the learned scores, float ``[T, branches]`` in [0, 1], e.g. for ``pictures.save_scores``.
     """
 
     epochs: int = 20
@@ -23,3 +27,4 @@ class PaperOptions:
     bimodal: float = 0.3
     weighted: bool = True
     gumbel: bool = False
+    on_scores: Callable[[torch.Tensor], None] | None = None

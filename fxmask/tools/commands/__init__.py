@@ -1,0 +1,1 @@
+"""The commands of ``fxmask``, one file each."""
