@@ -436,7 +436,7 @@ def aoti_load(path: Path, device_index: int) -> Callable[[list[torch.Tensor]], l
 @contextlib.contextmanager
 def without_function_mode(mode: TorchFunctionMode) -> Iterator[bool]:
     """Run without a function mode, if it is the innermost one; yields whether it is. A mode costs time for every operator."""
-    if _get_current_function_mode() is not mode:
+    if _get_current_function_mode() is not mode:  # type: ignore[no-untyped-call]
         yield False
         return
     with _pop_mode_temporarily():
