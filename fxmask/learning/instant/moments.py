@@ -54,7 +54,8 @@ class Moments:
         response = response or response_of(run)
         vectors = [list(outputs) for outputs in run.outputs]
         samples = [[call[run.sample] for call in calls] for calls in run.calls]
-        if all([x.shape for x in a] == [x.shape for x in b] for a, b in zip(vectors, samples, strict=True)):
+        tensors = all(isinstance(x, torch.Tensor) for step in samples for x in step)  # some models take a list of them
+        if tensors and all([x.shape for x in a] == [x.shape for x in b] for a, b in zip(vectors, samples, strict=True)):
             vectors += samples
         vectors = [[sampled_part(x, run.final) for x in lanes] for lanes in vectors]
         plain, effective = _gram(vectors, response.mixing)
