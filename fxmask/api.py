@@ -96,6 +96,7 @@ def accelerate(
     component: str | Sequence[str] | None = None,
     improve: str | None = None,
     every: int = 0,
+    compiling: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Any:
@@ -145,6 +146,8 @@ def accelerate(
         improve: ``"background"``: plans of a pipeline are made better in a thread of its own, when further runs were recorded.
         every: one call of a pipeline in so many runs in full and is recorded, so that plans follow what it is used for;
             0: none.
+        compiling: ``"background"``: step graphs compile in a thread of their own while the original answers, to the end of the
+            run in which that is over.
         seed: of the recorded noise and of learning.
         progress: show progress bars.
 
@@ -160,6 +163,7 @@ def accelerate(
         _expect(mask, Mask, "mask", "fxmask.Mask(compute=..., timesteps=..., blocks=...)")
     get_backend(backend).compiler(mode)
     _check_choice("effort", effort, ("instant", *EFFORTS))
+    _check_choice("compiling", compiling, (None, "background"))
     _check_choice("cost", cost, COSTS)
     if is_a_pipeline(model):
         return accelerate_pipeline(
@@ -184,6 +188,7 @@ def accelerate(
             component=component,
             improve=improve,
             every=every,
+            compiling=compiling,
             seed=seed,
             progress=progress,
         )
@@ -262,7 +267,8 @@ def accelerate(
         limits = Limits(max_graphs, max_cache_bytes)
         session = Session(accelerated, None, outcome, limits=limits, backend=backend, mode=mode, progress=progress)
         session.take_over(program, trajectories, mask, checks)
-    return accelerated if backend == "eager" else accelerated.compile_all(progress=progress)
+    aside = compiling == "background"
+    return accelerated if backend == "eager" else accelerated.compile_all(progress=progress, background=aside)
 
 
 def restore(model: Any) -> Any:
@@ -670,7 +676,7 @@ def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, An
     )
 
 
-def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+def _check_choice(name: str, given: str | None, choices: Sequence[str | None]) -> None:
     if given not in choices:
         raise InputError(f"{name}={given!r} is unknown; choose one of {list(choices)}")
 

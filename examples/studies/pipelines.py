@@ -297,7 +297,7 @@ def _cell(text: str, notes: list[str]) -> str:
     kind, _, reason = text.partition(": ")
     if not reason:
         return text
-    reason = " ".join(reason.split()).replace("|", "/")
+    reason = " ".join(reason.split()).replace("|", "/").split(" Tried: ")[0]  # what each way of capture said is for the user
     if reason not in notes:
         notes.append(reason)
     return f"{kind} [{notes.index(reason) + 1}]"

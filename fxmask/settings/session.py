@@ -78,6 +78,7 @@ class Session:
         max_learning_bytes: what recorded runs may hold; an eighth of what is free, if not given.
         improve: ``"background"``: plans are made better in a thread of their own.
         every: one call in so many runs in full and is recorded, once there is a plan; 0: none.
+        compiling: ``"background"``: step graphs compile in a thread of their own, while the original answers.
         progress: show progress bars.
 
     Attributes:
@@ -98,6 +99,7 @@ class Session:
         max_learning_bytes: int | None = None,
         improve: str | None = None,
         every: int = 0,
+        compiling: str | None = None,
         progress: bool = True,
     ) -> None:
         self.model = model
@@ -108,6 +110,7 @@ class Session:
         self.progress = progress
         self.every = every
         self.background = improve == "background"
+        self.compiles_aside = compiling == "background"
         self.settings: OrderedDict[Setting, Known] = OrderedDict()
         self.program: Program | None = None
         self.others: list[Session] = []
@@ -471,7 +474,9 @@ class Session:
         if self.model._fxmask.variants is None or self._latest is known:
             self.model.adopt(variants, known.facts)
             self._latest = known
-        if not get_backend(backend).exact:
+        if not get_backend(backend).exact and self.compiles_aside:
+            variants.compile_in_background(progress=self.progress)
+        elif not get_backend(backend).exact:
             with self._spending("compiling"), torch.no_grad():
                 variants.executor().compile_all(progress=self.progress)
 

@@ -38,6 +38,7 @@ def accelerate_pipeline(
     component: str | Sequence[str] | None,
     improve: str | None,
     every: int,
+    compiling: str | None,
     seed: int,
     progress: bool,
 ) -> Any:
@@ -55,7 +56,7 @@ def accelerate_pipeline(
         model = require_eval(original_of(pipe, name))
         get_backend(backend).capturer_for(module_device(model))
         options: dict[str, Any] = {"max_learning_bytes": max_learning_bytes, "improve": improve, "progress": progress}
-        options["every"] = every or (EVERY if improve else 0)
+        options |= {"every": every or (EVERY if improve else 0), "compiling": compiling}
         plain = AcceleratedModel.without_plan(model)
         sessions.append(Session(plain, name, outcome, limits=limits, backend=backend, mode=mode, **options))
     install(pipe, joined(sessions))
