@@ -303,6 +303,13 @@ class AcceleratedModel(torch.nn.Module):
         private = self._fxmask
         if private.variants is None or private.bind is None or self._stands_aside:
             return private.model(*args, **kwargs)
+        if vars(private.model).get("_cache_config") is not None:  # its hooks are in no graph
+            private.variants.warn(
+                "own cache",
+                f"enable_cache() was called on {type(private.model).__name__}: that cache of diffusers' own is used, and no plan; "
+                "call disable_cache() to go back to the plan",
+            )
+            return private.model(*args, **kwargs)
         if private.variants.background is not None and private.variants.is_waiting(private.bind(args, kwargs)):
             return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
@@ -334,9 +341,8 @@ class AcceleratedModel(torch.nn.Module):
 
     @property
     def _stands_aside(self) -> bool:
-        """Whether the original answers: in training, and while diffusers' own caches are enabled, whose hooks no graph has."""
-        private = self._fxmask
-        return private.model.training or private.aside.get() or vars(private.model).get("_cache_config") is not None
+        """Whether the original answers and nothing is said of it."""
+        return bool(self._fxmask.model.training or self._fxmask.aside.get())
 
     @contextlib.contextmanager
     def standing_aside(self) -> Iterator[None]:

@@ -480,9 +480,8 @@ def test_own_caches_that_are_switched_on_later_are_named(kind):
     OWN_CACHES[kind](accelerated)
     twin = flux()
     OWN_CACHES[kind](twin)
-    with torch.no_grad(), pytest.warns(UserWarning, match="cache of diffusers' own"):
-        with accelerated.cache_context("run"):  # type: ignore[operator]
-            found = [accelerated(**call).sample for call in calls]
+    with torch.no_grad(), pytest.warns(UserWarning, match="cache of diffusers' own"), accelerated.cache_context("run"):
+        found = [accelerated(**call).sample for call in calls]
     with torch.no_grad(), twin.cache_context("run"):  # type: ignore[operator]
         wanted = [twin(**call).sample for call in calls]
     for a, b in zip(found, wanted, strict=True):
