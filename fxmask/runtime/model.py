@@ -298,7 +298,7 @@ class AcceleratedModel(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and return value are the original's."""
-        if torch.compiler.is_compiling():  # by torch.compile around a pipeline, or around this: graphs are compiled already
+        if torch.compiler.is_dynamo_compiling():  # torch.compile around a pipeline, or around this: graphs are compiled already
             return _call_as_it_is(self, *args, **kwargs)
         private = self._fxmask
         if private.variants is None or private.bind is None or self._stands_aside:
@@ -306,8 +306,8 @@ class AcceleratedModel(torch.nn.Module):
         if vars(private.model).get("_cache_config") is not None:  # its hooks are in no graph
             private.variants.warn(
                 "own cache",
-                f"enable_cache() was called on {type(private.model).__name__}: that cache of diffusers' own is used, and no plan; "
-                "call disable_cache() to go back to the plan",
+                f"enable_cache() was called on {type(private.model).__name__}: that cache of diffusers' own is used, and no "
+                "plan; call disable_cache() to go back to the plan",
             )
             return private.model(*args, **kwargs)
         if private.variants.background is not None and private.variants.is_waiting(private.bind(args, kwargs)):
