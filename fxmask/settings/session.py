@@ -330,7 +330,7 @@ class Session:
                 part._accelerated += bool(generation.matched)
                 if variants.findings is not None:
                     known.trials += 1
-                elif settled and part is planned[0][0]:
+                elif settled and generation.matched and part is planned[0][0]:
                     known.fast.append(seconds)
         return result
 
