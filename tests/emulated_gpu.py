@@ -259,6 +259,7 @@ def emulated_gpu() -> Iterator[None]:
         stack.enter_context(gpu())
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize"))
         for module in (torch.autograd, torch.autograd.graph):
             engine = module._engine_run_backward  # type: ignore[attr-defined]
             stack.enter_context(mock.patch.object(module, "_engine_run_backward", _run_backward(engine)))

@@ -14,7 +14,6 @@ import torch
 from tqdm.auto import tqdm
 
 from fxmask.errors import FxmaskError, InputError
-from fxmask.frontend.modules import module_device
 from fxmask.sampling.twin import hide_progress, make_twin
 from fxmask.settings.key import Setting
 from fxmask.settings.known import KEPT_RUNS
@@ -140,7 +139,7 @@ def _record(pipe: Any, session: Session, call: Mapping[str, Any], seed: int, bui
     parameters = inspect.signature(pipe.__call__).parameters
     given = dict(call)
     if "generator" in parameters and given.get("generator") is None:
-        given["generator"] = torch.Generator(module_device(session.model.original)).manual_seed(seed)
+        given["generator"] = torch.Generator().manual_seed(seed)  # of the host: diffusers moves what it draws to any device
     if "output_type" not in given and "output_type" in parameters and _can_skip_decoding(pipe):
         given["output_type"] = "latent"
     try:

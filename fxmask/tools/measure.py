@@ -189,4 +189,4 @@ def _quality(
 
 def _decibels(samples: Sequence[torch.Tensor], references: Sequence[torch.Tensor], data_range: float) -> torch.Tensor:
     pairs = zip(samples, references, strict=True)
-    return torch.cat([psnr(a, b, data_range) for a, b in pairs]).clamp_max(MOST_DECIBELS)
+    return torch.cat([psnr(a, b, data_range).cpu() for a, b in pairs]).clamp_max(MOST_DECIBELS)

@@ -58,7 +58,7 @@ def test_code(page: Path, names: dict[str, Any], tmp_path: Path) -> None:
 
 HUB = "names a pipeline on a hub; pipelines of its kind, small, are in test_shipped.py"
 COMPILER = "runs Inductor's code, which needs a GPU; test_kernels.py counts its kernels and interprets them"
-REASONS = {"needs a hub": HUB, "needs a compiler": COMPILER}
+REASONS = {"needs a hub": HUB, "needs a compiler": COMPILER, "needs the shipped checkpoints, and a compiler": COMPILER}
 
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: f"{name_of(block.page)}:{block.line}, {block.why_not}")
