@@ -82,14 +82,21 @@ class RunChecks:
     _spent: torch.Tensor | None = None
     _sent: tuple[list[int], torch.Tensor, Any] | None = None
 
-    def computed(self, step: int, prediction: torch.Tensor, sample: torch.Tensor) -> None:
-        """Compare a step's prediction ``[rows, ...]`` for a sample with its forecast, and keep it for later ones."""
+    def computed(self, step: int, prediction: torch.Tensor, sample: torch.Tensor | None = None) -> None:
+        """Compare a step's prediction ``[rows, ...]`` with its forecast, and keep it for later ones.
+
+        Args:
+            step: its number.
+            prediction: what was computed.
+            sample: that it is for; where the prediction has more channels than that, the others say nothing of it.
+        """
         check, last_use = self.checks.by_step.get(step), self.checks.last_use
         if check is not None and all(self._unchanged(j) for j in check.sources):
             difference = prediction
             for j, c in zip(check.sources, check.coefficients, strict=True):
                 difference = torch.sub(difference, self._kept[j][0], alpha=c)
-            self.measures[step] = root_mean_square(sampled_part(difference, sample), self.checks.lanes)
+            part = difference if sample is None else sampled_part(difference, sample)
+            self.measures[step] = root_mean_square(part, self.checks.lanes)
             if self.checks.max_error is not None:
                 self._send(check, self.measures[step])
         if step in last_use:

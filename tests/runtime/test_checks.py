@@ -46,6 +46,15 @@ def test_rows_of_an_image_are_combined_as_guidance_does() -> None:
     torch.testing.assert_close(checks.measures[1], expected)
 
 
+def test_channels_of_a_variance_say_nothing_of_the_sample() -> None:
+    first, second, sample = torch.randn(2, 6, 4, 4), torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4)
+    checks = RunChecks(Checks({1: Check((0,), (1.0,), 1.0, 1.0)}, 1.0))
+    checks.computed(0, first, sample)
+    checks.computed(1, second, sample)
+    expected = (second - first)[:, :3].square().flatten(1).mean(dim=1).sqrt()
+    torch.testing.assert_close(checks.measures[1], expected)
+
+
 def test_a_prediction_that_the_caller_wrote_to_is_not_read() -> None:
     first = torch.randn(2, 3)
     checks = RunChecks(Checks({1: Check((0,), (1.0,), 1.0, 1.0)}, 1.0))
