@@ -118,10 +118,10 @@ def parts():
     return Pipe(), model, run, program, mask, fxmask.rectify(program, mask)
 
 
-RIGHT = r"record_pipeline\(pipe, \.\.\.\).*fxmask\.accelerate\(pipe\.unet, pipe\.scheduler"
+RIGHT = r"fxmask\.accelerate\(pipe\)\. Or record.*record_pipeline\(pipe, \.\.\.\)"
 SLIPS = {
     "accelerate(pipe, scheduler)": (lambda p, *_: fxmask.accelerate(p, p.scheduler, speedup=2.0), "a scheduler of its own"),
-    "accelerate(pipe, effort)": (lambda p, *_: fxmask.accelerate(p, effort="quick"), r"pipe\.unet\.improve\(effort='quick'\)"),
+    "accelerate(pipe, effort)": (lambda p, *_: fxmask.accelerate(p, effort="quick"), r"Pipe cannot be .*example_calls=\[\{"),
     "accelerate(model)": (lambda p, m, *_: fxmask.accelerate(m, speedup=2.0), "no scheduler was given; pass a diffusers"),
     "accelerate(model, pipe)": (lambda p, m, *_: fxmask.accelerate(m, p), r"Pipe has no step.*pass its scheduler, pipe\.sch"),
     "record(pipe)": (lambda p, *_: fxmask.record(p, p.scheduler), RIGHT),
