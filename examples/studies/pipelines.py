@@ -18,6 +18,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -298,6 +299,7 @@ def _cell(text: str, notes: list[str]) -> str:
     if not reason:
         return text
     reason = " ".join(reason.split()).replace("|", "/").split(" Tried: ")[0]  # what each way of capture said is for the user
+    reason = re.sub(r"(/[\w.-]+){2,}", "a folder", reason)
     if reason not in notes:
         notes.append(reason)
     return f"{kind} [{notes.index(reason) + 1}]"
