@@ -179,7 +179,13 @@ def _load_plan(folder: Path, session: Session, entry: SavedSetting) -> None:
     if session.program is None:
         roles = {key.split(".")[0]: role for key, role in facts["roles"].items()}
         with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {place}", FOREIGN):
-            session.program = capture(model, placed_call(example, module_device(model)), roles=roles)
+            call = placed_call(example, module_device(model))
+            session.program = capture(model, call, roles=roles)
+            if mask.fingerprint is not None and not session.program.fits(mask.fingerprint):
+                # Some models make tables at their first call and keep them: plans were made of graphs that hold these.
+                with torch.no_grad():
+                    model(**call)
+                session.program = capture(model, call, roles=roles)
     if mask.fingerprint is None or not session.program.fits(mask.fingerprint):
         raise MaskError(f"the plans in {folder} were made for another model than this {type(model).__name__}")
     session.settings[entry.setting] = Known(mask=mask, checks=entry.checks, facts=kept_facts(facts), effort=entry.effort)
