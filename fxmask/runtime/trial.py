@@ -9,7 +9,6 @@ No call of the denoiser is spent: the full steps are those of the run, and nobod
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,11 +25,6 @@ from fxmask.passes.cut_graph import CutGraph, cut_graph
 OUTPUT = "output"  # name of the forecasts among the levels
 
 
-@functools.lru_cache(maxsize=16)
-def _cut(program: Program, loads: frozenset[str]) -> CutGraph:
-    return cut_graph(program, loads, ())
-
-
 @dataclass
 class Findings:
     """What a run in use found.
@@ -42,6 +36,14 @@ class Findings:
 
     trial: Trial
     squares: dict[str, dict[int, list[torch.Tensor]]] = field(default_factory=dict)
+    _graphs: dict[tuple[Program, str], CutGraph] = field(default_factory=dict)
+
+    def graph(self, program: Program, name: str) -> CutGraph:
+        """What forms the prediction when a level's blocks are given. Kept here: it holds the model, and a trial ends."""
+        key = program, name
+        if key not in self._graphs:
+            self._graphs[key] = cut_graph(program, self.trial.levels[name], ())
+        return self._graphs[key]
 
     def add(self, name: str, step: int, square: torch.Tensor) -> None:
         """Note what a level, or the forecast, made of a step."""
@@ -95,7 +97,7 @@ class RunTrial:
     ) -> None:
         trial = self.findings.trial
         formed = self._formed(trial.forecasts[step], step, sample)
-        graphs = {name: _cut(program, loads) for name, loads in trial.levels.items()}
+        graphs = {name: self.findings.graph(program, name) for name in trial.levels}
         if formed is None or any(key not in self._stored for graph in graphs.values() for key in graph.load):
             return
         made = {name: graph(tensors, [self._stored[key] for key in graph.load])[0] for name, graph in graphs.items()}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fxmask.errors import MaskError
+from fxmask.storage.about import HUB_NAME
 
-NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+NAME = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?")
 PLANS = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "README.md"]
 COMPILED = ["parts/*.pt2"]  # machine code: fetched only where it may run
 

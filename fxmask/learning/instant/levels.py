@@ -147,13 +147,8 @@ class ReuseErrors:
 
     def of_forecasts(self, plan: InstantPlan) -> float:
         """Weighted square error of a plan of forecasts."""
-        total = 0.0
-        for step, (read, coefficients) in plan.terms.items():
-            deviation = torch.zeros(len(self.moments.plain), dtype=torch.float64)
-            deviation[step] = -1.0
-            deviation.index_add_(0, torch.tensor(read), torch.tensor(coefficients, dtype=torch.float64))
-            total += self.weights[step] * max(0.0, float(deviation @ self.moments.effective @ deviation))
-        return total * self._optimism
+        squares = (self.weights[i] * _square_error(self.moments, i, *terms) for i, terms in plan.terms.items())
+        return float(sum(squares)) * self._optimism
 
     def of_reuse(self, name: str, computed: Sequence[int]) -> float:
         """Weighted square error of reused blocks between full steps."""
@@ -168,17 +163,26 @@ class ReuseErrors:
 
 def _from_one(moments: Moments) -> np.ndarray:
     """``[T, T]``: square error of the output at step i forecast from that at step j < i alone, and their samples."""
-    steps, plain = moments.steps, moments.plain.numpy()
-    rule = Rule(1, 2 if moments.has_samples else 0)
-    found = np.full((steps, steps), np.inf)
-    for i in range(steps):
+    found = np.full((moments.steps, moments.steps), np.inf)
+    for i in range(moments.steps):
         for j in range(i):
-            read = read_by(rule, [j], i, steps)
-            deviation = torch.zeros(len(plain), dtype=torch.float64)
-            deviation[i] = -1.0
-            deviation[read] += torch.from_numpy(solve(plain, read, i, rule.ridge))
-            found[i, j] = max(float(deviation @ moments.effective @ deviation), 1e-30)
+            found[i, j] = max(_square_error(moments, i, *_fitted_from(moments, i, j)), 1e-30)
     return found
+
+
+def _fitted_from(moments: Moments, step: int, before: int) -> tuple[list[int], list[float]]:
+    """What a forecast of a step's output from one earlier step reads, and with which coefficients."""
+    rule = Rule(1, 2 if moments.has_samples else 0)
+    read = read_by(rule, [before], step, moments.steps)
+    return read, solve(moments.plain.numpy(), read, step, rule.ridge).tolist()
+
+
+def _square_error(moments: Moments, step: int, read: Sequence[int], coefficients: Sequence[float]) -> float:
+    """Of a forecast, on the runs of the moments."""
+    deviation = torch.zeros(len(moments.plain), dtype=torch.float64)
+    deviation[step] = -1.0
+    deviation.index_add_(0, torch.tensor(read), torch.tensor(coefficients, dtype=torch.float64))
+    return max(0.0, float(deviation @ moments.effective @ deviation))
 
 
 def best_plan(
@@ -274,7 +278,8 @@ def trial_of(
     for before, step in pairs:
         terms |= {(step, name): ((step, 1.0), (before, 0.0)) for name in names if name != output}
     mask = Mask(rows, run.timesteps, names, Forecast(terms), program.fingerprint, None)
-    forecasts = {step: _from_before(learner, step, before) for before, step in pairs}
+    moments = learner.moments
+    forecasts = {step: _from_before(moments, step, before) for before, step in pairs}
     return mask, Trial({r.name: r.loads for r in usable}, {b: a for a, b in pairs}, forecasts, _lanes(learner))
 
 
@@ -282,12 +287,11 @@ def _lanes(learner: InstantLearner) -> tuple[float, ...]:
     return lanes_of(learner.responses[-1].mixing) if len(learner.runs[-1].outputs[0]) == 1 else (1.0,)
 
 
-def _from_before(learner: InstantLearner, step: int, before: int) -> Terms:
+def _from_before(moments: Moments, step: int, before: int) -> Terms:
     """The forecast of a step's prediction from the full step before alone."""
-    steps, moments = learner.steps, learner.moments
-    read = read_by(Rule(1, 2 if moments.has_samples else 0), [before], step, steps)
+    steps, (read, coefficients) = moments.steps, _fitted_from(moments, step, before)
     sources: list[Source] = [j if j < steps else (INPUT, j - steps) for j in read]
-    return tuple(zip(sources, solve(moments.plain.numpy(), read, step, Rule().ridge).tolist(), strict=True))
+    return tuple(zip(sources, coefficients, strict=True))
 
 
 def _together(program: Program, reuses: Sequence[Reuse]) -> list[Reuse]:

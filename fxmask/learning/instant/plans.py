@@ -121,6 +121,7 @@ class InstantLearner:
         self._moments = [Moments.of(run, response) for run, response in zip(runs, self.responses, strict=True)]
         self._reads_samples = self._moments[0].has_samples and (program is None or reads_samples(program))
         self._placements: dict[Rule, Placement] = {}
+        self._plans: dict[int, list[InstantPlan]] = {}
 
     @property
     def steps(self) -> int:
@@ -157,6 +158,13 @@ class InstantLearner:
             count: how many steps compute everything, 1 to T.
             keeps: which plans may be taken.
         """
+        if keeps is not None:
+            return self._tried(count, keeps)
+        if count not in self._plans:
+            self._plans[count] = self._tried(count, None)
+        return self._plans[count]
+
+    def _tried(self, count: int, keeps: Callable[[InstantPlan], bool] | None) -> list[InstantPlan]:
         if count >= self.steps:
             return [InstantPlan(tuple(range(self.steps)), Rule(), {}, False, 10 * math.log10(SMALLEST), 0.0)]
         moments, screened = self.moments, []
