@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxmask.frontend.wrapper import distinct
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.symbolic import SymbolicGraph, static_key
 
@@ -39,8 +38,9 @@ def export_symbolic(
         return None
     # A size of 1 would be taken for broadcasting, so it cannot stand for others.
     example = [b if all(n > 1 or m == 1 for n, m in zip(b.shape, a.shape, strict=True)) else a for a, b in pairs]
+    example = [x.detach().clone() for x in example]  # an export that fails leaves its marks of dynamic sizes on them
     dynamic = tuple({d: torch.export.Dim.AUTO for d in range(a.dim()) if a.shape[d] != b.shape[d]} for a, b in pairs)
-    exported = torch.export.export(wrapper, distinct(example), dynamic_shapes=(dynamic,), strict=False)
+    exported = torch.export.export(wrapper, tuple(example), dynamic_shapes=(dynamic,), strict=False)
     module = functionalize(exported)
     placeholders = module.graph.find_nodes(op="placeholder")
     ranges = {

@@ -105,3 +105,36 @@ def test_a_wrong_symbolic_capture_is_refused(monkeypatch):
     call = make_calls(batch=4)[0]
     assert torch.equal(accelerated(**call), model(**call))
     assert all(p.rung == "torch.export (non-strict)" for p in accelerated.programs)
+
+
+class Frames(torch.nn.Module):
+    """A row of the text for each of four frames of a sample; the ratio of both batch sizes is no single symbol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.text = torch.nn.Linear(8, 8), torch.nn.Linear(6, 8)
+
+    def forward(self, sample, timestep, text):
+        rows = sample.flatten(0, 1)
+        rows = rows + self.inner(rows) * (1 + timestep[:1, None] / 1000)
+        rows = rows + self.text(text)
+        return rows.unflatten(0, (sample.shape[0], -1))
+
+
+def test_a_symbolic_capture_that_fails_leaves_nothing_behind(exports):
+    """AnimateDiff without guidance: half as many samples, half as many texts, each with a batch size of its own."""
+    torch.manual_seed(0)
+    model = Frames().eval()
+
+    def calls(batch):
+        text = torch.randn(4 * batch, 6)
+        times = [torch.full((batch,), t) for t in TIMESTEPS]
+        return [{"sample": torch.randn(batch, 4, 8), "timestep": t, "text": text} for t in times]
+
+    first, second = calls(2), calls(1)
+    accelerated = accelerate(fxmask.capture(model, first[0], roles={"text": "conditioning"}))
+    with accelerated.generation():
+        got = [accelerated(**call) for call in second]
+    assert exports == [False, True, False]
+    assert torch.equal(got[0], model(**second[0]))
+    assert not torch.equal(got[1], model(**second[1])), "the plan must have been followed"
