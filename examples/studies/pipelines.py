@@ -4,11 +4,11 @@
 
 Tiny models with random weights, on one thread of a CPU, in a process of its own for each kind, which is cached in `build/`.
 Columns: *one line*: the first image is bit for bit the original's, the second has a plan. *ones*: a mask of ones, by hand.
-*ratio*: operations counted in the denoisers, in full over with the plan, meet the asked 1.5. *planned*: the calls that compute
-are those of the plan. *second prompt*, *saved*: the same images, bit for bit, in a second process that loads the plans.
-*unguided*, *size*, *steps*: another setting, in full once and then with a plan. *batch*: two samples with the plan of one.
-*bfloat16*: all of it in that type. *restore*: the originals are back, and make what they made. *error*: relative L2 error of
-the second image, which says little with random weights. `--write` puts the table into `examples/results/pipelines.md`.
+*ratio*: operations counted in the denoisers, in full over with the plan, meet the asked 1.5 within 3 %. *planned*: the calls
+that compute are those of the plan. *second prompt*, *saved*: the same images, bit for bit, in a second process that loads the
+plans. *unguided*, *size*, *steps*: another setting, in full once and then with a plan. *batch*: two samples with the plan of
+one. *bfloat16*: all of it in that type. *restore*: the originals are back, and make what they made. *error*: relative L2 error
+of the second image, which says little with random weights. `--write` puts the table into `examples/results/pipelines.md`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from pipelines_parts import KINDS, Kind, seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxmask
+from fxmask.learning.outcome import TOLERANCE
 from fxmask.settings.components import component_of, denoisers_of, put
 from fxmask.settings.pipeline import session_of
 from fxmask.settings.session import Session
@@ -48,6 +50,14 @@ NONE = "has none"
 LARGE = 0.5  # of the most operations of a call: it computed
 COLUMNS = ("one line", "ones", "ratio", "planned", "second prompt", "saved", "unguided", "size", "steps", "batch", "bfloat16")
 COLUMNS = (*COLUMNS, "restore", "error")
+
+
+def attention_operations(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of attention, from shapes; PyTorch's counter leaves out the one of CPUs."""
+    return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations}
 
 
 class Wrong(Exception):
@@ -114,7 +124,7 @@ def counted(models: Sequence[torch.nn.Module]) -> Iterator[list[list[float]]]:
         stack: list[FlopCounterMode] = []
 
         def enter(*_: Any, stack: list[FlopCounterMode] = stack) -> None:
-            stack.append(FlopCounterMode(display=False))
+            stack.append(FlopCounterMode(display=False, custom_mapping=ATTENTION))
             stack[-1].__enter__()
 
         def leave(*_: Any, stack: list[FlopCounterMode] = stack, own: list[float] = own) -> None:
@@ -151,7 +161,7 @@ def check_costs(pipe: Any, session: Session, call: Mapping[str, Any], costs: lis
     computed = [[x > LARGE * full for x, full in zip(*pair, strict=True)] for pair in zip(done, costs, strict=True)]
     alike = computed == planned_calls(session)
     return (
-        f"{WORKS} ({ratio:.2f})" if ratio >= 0.99 * RATIO else f"fails: {ratio:.2f}",
+        f"{WORKS} ({ratio:.2f})" if ratio >= RATIO * (1 - TOLERANCE) else f"fails: {ratio:.2f}",
         WORKS if alike else f"fails: calls computed {computed}",
     )
 
