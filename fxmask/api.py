@@ -11,14 +11,12 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from fxmask._torch import pytree
 from fxmask.backends import get_backend
 from fxmask.errors import InputError, MaskError
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.frontend.capture import capture
 from fxmask.frontend.examples import ExampleInputs
-from fxmask.frontend.modules import module_device, module_dtype, require_denoiser, require_eval
-from fxmask.ir.calls import Signature
+from fxmask.frontend.modules import module_device, require_denoiser, require_eval
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
@@ -51,14 +49,13 @@ from fxmask.settings.saved import load_settings, save_settings
 from fxmask.settings.session import Session
 from fxmask.settings.start import accelerate_pipeline
 from fxmask.storage.about import LEARNED, kept_facts
-from fxmask.storage.card import Entry, write_card
-from fxmask.storage.differences import differences
+from fxmask.storage.differences import scheduler_differences
 from fxmask.storage.folders import read_again
 from fxmask.storage.hub import local_folder
 from fxmask.storage.packages import agrees, is_package, read_package
-from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan
+from fxmask.storage.saved_program import capture_saved
 
 logger = logging.getLogger(__name__)
 RECORDED_BATCH = 8
@@ -299,8 +296,6 @@ def save(model: Any, folder: str | Path) -> None:
         if not getattr(type(model), "is_accelerated", False):
             raise InputError(f"this {type(model).__name__} is not accelerated; call fxmask.accelerate() first")
         model.save(folder)  # type: ignore[operator]
-        saved, facts, _ = load_plan(folder)
-        write_card(Path(folder), [Entry("", saved, facts, "mask.png")], model=facts["model"])
     else:
         save_settings(session_of(model), Path(folder))
 
@@ -544,10 +539,7 @@ def load(
     mask, facts, example = load_plan(place)
     facts = facts_of(place, mask, facts)
     _refuse_other_scheduler(folder, facts, mask, scheduler)
-    roles = {name.split(".")[0]: role for name, role in facts["roles"].items()}
-    with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {folder}", FOREIGN):
-        program = _capture_saved(model, example, roles)
-    _refuse_other_program(folder, mask, facts, program)
+    program = capture_saved(folder, model, mask, facts, example)
     with foreign_errors_as(MaskError, f"the plan in {folder} does not fit this {type(model).__name__}", FOREIGN):
         plan = rectify(program, mask, start=facts["start"])
     accelerated = AcceleratedModel(
@@ -559,22 +551,6 @@ def load(
         progress=progress,
     )
     return accelerated if (backend or facts["backend"]) == "eager" else accelerated.compile_all(progress=progress)
-
-
-def _capture_saved(model: torch.nn.Module, example: Mapping[str, Any], roles: Mapping[str, str]) -> Program:
-    """Capture for a saved call, where the model is now, and in its type if it does not take the one that was saved."""
-    device, dtype = module_device(model), module_dtype(model)
-    placed = placed_call(example, device)
-    sample = next((x for x in pytree.tree_leaves(placed.get(Signature.of(model).sample)) if isinstance(x, torch.Tensor)), None)
-    if sample is None or not sample.is_floating_point() or sample.dtype == dtype:
-        return capture(model, placed, roles=roles)
-    try:
-        return capture(model, placed, roles=roles)
-    except Exception:
-        was = sample.dtype
-        return capture(
-            model, pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.dtype == was else x, placed), roles=roles
-        )
 
 
 def _load_package(folder: Path, model: torch.nn.Module, scheduler: Any, progress: bool) -> AcceleratedModel:
@@ -640,7 +616,7 @@ def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], mask: 
         usual = cannot_make(scheduler, mask.timesteps)
         found = [] if usual is None else [_other_timesteps(mask.timesteps, usual)]
     else:
-        found = _scheduler_differences(known, scheduler_facts(scheduler))
+        found = scheduler_differences(known, scheduler_facts(scheduler))
         grid, options = facts.get("scheduler_timesteps"), facts.get("scheduler_kwargs")
         now = timesteps_of(scheduler, count, options) if grid and count and not found else None
         if grid and now is not None and not is_same_grid(grid, now):
@@ -652,28 +628,8 @@ def _refuse_other_scheduler(folder: str | Path, facts: Mapping[str, Any], mask: 
         )
 
 
-def _scheduler_differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs; of schedulers of two classes, only what both can be configured with."""
-    if known["class"] != now["class"]:
-        both = known["config"].keys() & now["config"].keys()
-        known, now = ({**x, "config": {k: v for k, v in x["config"].items() if k in both}} for x in (known, now))
-    return differences(known, now)
-
-
 def _other_timesteps(saved: Sequence[float], now: Sequence[float]) -> str:
     return f"timesteps: saved {abbreviated(saved)}, now {abbreviated(now)}"
-
-
-def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, Any], program: Program) -> None:
-    if mask.fingerprint is not None and program.fits(mask.fingerprint):
-        return
-    names = {b.name for b in program.blocks}
-    missing = [name for name in mask.blocks if name not in names]
-    raise MaskError(
-        f"the plan in {folder} was made for another model: {facts['model']} with fingerprint {mask.fingerprint}, this "
-        f"{type(program.model).__name__} has {program.fingerprint}"
-        + (f"; it has no blocks {missing[:5]}" if missing else "; it has blocks of these names, but other operators")
-    )
 
 
 def _check_choice(name: str, given: str | None, choices: Sequence[str | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -23,8 +24,10 @@ from fxmask.tools.bench_shapes import SETS
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]  # packages that are not where their names say
-PACKAGES: list[str] = PROJECT["tool"]["setuptools"]["packages"]
+PLACES: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]  # packages that are not where their names say
+DATA: dict[str, list[str]] = {k: v for k, v in PROJECT["tool"]["setuptools"]["package-data"].items() if k != "fxmask"}
+FOLDERS = {name: folder for name, folder in PLACES.items() if name not in DATA}
+PACKAGES: list[str] = [name for name in PROJECT["tool"]["setuptools"]["packages"] if name not in DATA]
 RULES: dict[str, Any] = PROJECT["tool"]["importlinter"]
 
 
@@ -51,7 +54,7 @@ def modules() -> dict[str, Path]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy of what it is made of: in the tree, what an earlier build left in ``build`` would get in."""
     copy = tmp_path_factory.mktemp("tree")
-    for folder in FOLDERS.values():
+    for folder in PLACES.values():
         shutil.copytree(ROOT / folder, copy / folder)
     for name in ("pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]):
         shutil.copy(ROOT / name, copy / name)
@@ -66,7 +69,23 @@ def test_wheel_contains_every_module_and_nothing_else(wheel):
     expected = {"fxmask/py.typed"}
     for name, path in modules().items():
         expected.add(name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py"))
+    for package, patterns in DATA.items():
+        files = [path for pattern in patterns for path in (ROOT / PLACES[package]).glob(pattern)]
+        expected |= {f"{package.replace('.', '/')}/{path.relative_to(ROOT / PLACES[package]).as_posix()}" for path in files}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_demo_runs_from_a_wheel(wheel, tmp_path):
+    """With nothing of the tree beside it; the checkpoint is in the wheel."""
+    wheel.extractall(tmp_path / "installed")
+    assert sum(entry.file_size for entry in wheel.infolist()) < 12e6
+    options = ["--steps", "4", "--effort", "instant", "--batches", "1", "--backend", "eager", "--json"]
+    command = [sys.executable, "-m", "fxmask.tools.cli", "demo", *options, "--output", "demo.png"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["mac_ratio"] == pytest.approx(2.0, rel=0.05)
+    assert (tmp_path / "demo.png").exists()
 
 
 def test_wheel_says_what_it_is(wheel):

@@ -10,6 +10,8 @@ import torch
 from fxmask._torch import uncompiled
 from fxmask.errors import InputError
 
+HOOKED = "_fxmask_hooked"  # under which a copy of a denoiser with a hook around it keeps the denoiser
+
 
 def require_denoiser(model: Any) -> torch.nn.Module:
     """The module itself, out of ``torch.compile``, PEFT and acceleration.
@@ -45,9 +47,10 @@ def require_eval(model: Any) -> torch.nn.Module:
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The denoiser behind an accelerated model, behind ``torch.compile`` or PEFT; any other module itself."""
+    """The denoiser behind an accelerated model, a copy with a hook, ``torch.compile`` or PEFT; any other module itself."""
     while True:
         inner = uncompiled(module)
+        inner = vars(inner).get(HOOKED) or inner
         wrapper: Any = inner
         if getattr(type(inner), "is_accelerated", False):
             inner = wrapper.original

@@ -46,9 +46,10 @@ from fxmask.runtime.report import Report
 from fxmask.runtime.stand_in import stand_in
 from fxmask.runtime.variants import Variants
 from fxmask.storage.about import PLAN_FACTS, VERSIONS, base_model, plan_facts, versions
+from fxmask.storage.card import Entry, write_card
 from fxmask.storage.folders import check_destination
 from fxmask.storage.packages import write_package
-from fxmask.storage.plans import save_mask
+from fxmask.storage.plans import facts_to_data, save_mask
 
 # Of the accelerated model itself, rather than of the original. Libraries that move weights wrap ``forward``.
 OWN_STATE = MODULE_INTERNALS | {"training", "_fxmask", "forward", "_old_forward", "_hf_hook", COMPILED_CALL}
@@ -420,12 +421,15 @@ class AcceleratedModel(torch.nn.Module):
     def save(self, folder: str | Path) -> None:
         """Save mask, forecasts and what they were made for; ``fxmask.load(folder, model)`` reads them. No weights.
 
+        A README.md beside them says for people what the plan was learned on and what was measured, with its heat map.
+
         Raises:
             MaskError: the folder holds something else or cannot be written, or the captured call holds an argument that cannot
                 be saved.
         """
         facts = {**self._facts(), "backend": self._fxmask.planned.backend, "mode": self._fxmask.planned.mode}
         save_mask(folder, self._source(), facts, self.program.example.arguments)
+        write_card(Path(folder), [Entry("", self._source(), facts_to_data(facts), "mask.png")], model=facts["model"])
 
     def export(self, folder: str | Path, *, progress: bool = True) -> None:
         """Compile ahead of time: ``fxmask.load(folder, model)`` then neither captures nor compiles, nor needs a compiler.

@@ -13,6 +13,7 @@ import torch
 
 from fxmask._torch import forget_compiled_call
 from fxmask.frontend.modules import unwrapped
+from fxmask.frontend.offloading import standing_in
 
 LANE = "cache_context"  # in which diffusers' pipelines call a denoiser, with the name of the call: "cond", "uncond"
 METHODS = ("forward", "encode")  # that are watched; an autoencoder is not called through its forward
@@ -55,7 +56,7 @@ def make_twin(pipe: Any, watcher: _Watcher | None, memo: dict[int, Any] | None =
     for name, value in sorted(pipe.__dict__.items(), key=lambda item: is_pipeline(item[1]) and not isinstance(item[1], Module)):
         if id(value) not in memo:
             if isinstance(value, Module):
-                memo[id(value)] = unwrapped(value) if watcher is None else _watched_module(value, prefix + name, watcher)
+                memo[id(value)] = standing_in(value) if watcher is None else _watched_module(value, prefix + name, watcher)
             elif is_scheduler(value):
                 memo[id(value)] = copy.deepcopy(value) if watcher is None else _watched_scheduler(value, watcher)
             elif is_pipeline(value):
@@ -77,14 +78,14 @@ def is_pipeline(value: Any) -> bool:
 
 
 def _watched_module(module: Module, name: str, watcher: _Watcher) -> Module:
-    module = unwrapped(module)
+    module = standing_in(module)
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     forget_compiled_call(twin)
     for method in METHODS:
         original = getattr(twin, method, None)
         if callable(original):
-            twin.__dict__[method] = _reporting(ComponentMethod(name, method, module, original), watcher)
+            twin.__dict__[method] = _reporting(ComponentMethod(name, method, unwrapped(module), original), watcher)
     context = getattr(twin, LANE, None)
     if callable(context):
         twin.__dict__[LANE] = _naming(context, watcher)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fxmask.sampling.same_sampler import scheduler_facts
 from fxmask.sampling.twin import is_scheduler
+from fxmask.storage.differences import differences, scheduler_differences
 
 # Of an image, rather than of how it is sampled.
 OF_THE_IMAGE = frozenset(
@@ -22,6 +23,7 @@ OF_THE_IMAGE = frozenset(
     "clean_caption class_labels seed".split()
 )
 SCHEDULES = ("timesteps", "sigmas")  # lists of numbers that say how it is sampled
+SHOWN = 5  # differences in one line
 TRUE_GUIDANCE = "true_cfg_scale"
 SIZED = ("image", "latents", "mask_image", "control_image", "video")
 
@@ -45,6 +47,22 @@ class Setting:
         facts = json.loads(self.scheduler)
         schedulers = [facts] if "class" in facts else list(facts.values())
         return ", ".join([*shown, *(str(x["class"]) for x in schedulers if "class" in x)])
+
+    def differences(self, now: Setting) -> list[str]:
+        """In what another setting differs from this one, each in a few words."""
+        found = differences(dict(self.arguments), dict(now.arguments))
+        return [*found, *self.differences_around(now)]
+
+    def differences_around(self, now: Setting) -> list[str]:
+        """The same of what is no argument: schedulers and adapters."""
+        before, after = json.loads(self.scheduler), json.loads(now.scheduler)
+        if before.get("class") and after.get("class"):
+            found = scheduler_differences(before, after)
+        else:  # several, by name
+            names = sorted(before.keys() & after.keys())
+            found = [f"{n}.{x}" for n in names for x in scheduler_differences(before[n], after[n])]
+        adapters, others = ({"adapters": json.loads(x.adapters)} for x in (self, now))
+        return [*(f"scheduler.{x}" for x in found), *differences(adapters, others)]
 
     def to_data(self) -> dict[str, Any]:
         """As JSON."""
@@ -74,10 +92,23 @@ def setting_of(
     """
     named = _by_name(call, args, kwargs)
     arguments = tuple(sorted(_plain_arguments(named).items()))
+    return replace(setting_around(pipe, models), arguments=arguments)
+
+
+def setting_around(pipe: Any, models: Sequence[torch.nn.Module]) -> Setting:
+    """The setting of every call, without its arguments: schedulers and adapters as they are now."""
     schedulers = {name: scheduler_facts(x) for name, x in vars(pipe).items() if is_scheduler(x)}
     facts = schedulers["scheduler"] if schedulers.keys() == {"scheduler"} else schedulers
     adapters = [adapters_of(model) for model in models]
-    return Setting(arguments, _as_json(facts), _as_json(adapters[0] if len(adapters) == 1 else adapters))
+    return Setting((), _as_json(facts), _as_json(adapters[0] if len(adapters) == 1 else adapters))
+
+
+def unlike(settings: Iterable[Setting], now: Setting, *, arguments: bool = True) -> str:
+    """In what a setting differs from the nearest of others, in one line; empty if there is none, or one is equal."""
+    found = [known.differences(now) if arguments else known.differences_around(now) for known in settings]
+    nearest = min(found, key=len, default=[])
+    more = f"; and {len(nearest) - SHOWN} more" if len(nearest) > SHOWN else ""
+    return "; ".join(nearest[:SHOWN]) + more
 
 
 def _as_json(facts: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxmask.errors import InputError
+from fxmask.frontend.offloading import move_hook
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.sampling.twin import is_pipeline
 from fxmask.settings.components import component_of, put
@@ -35,6 +36,7 @@ def install(pipe: Any, session: Session) -> None:
         assert part.component is not None
         part.replaced = component_of(pipe, part.component)
         put(pipe, part.component, part.model)
+        move_hook(part.replaced, part.model)
     pipe.__class__ = _class_of(type(pipe))
 
 
@@ -51,6 +53,7 @@ def restore(pipe: Any) -> Any:
     for part in session.parts if isinstance(session, Session) else ():
         if part.component is not None:
             put(pipe, part.component, part.replaced)
+            move_hook(part.model, part.replaced)
     return pipe
 
 

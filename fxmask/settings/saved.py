@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,11 @@ import torch
 
 from fxmask._torch import pytree
 from fxmask.errors import InputError, MaskError
-from fxmask.files.bounded import JSON_BYTES, file_digest, read_bounded
+from fxmask.files.bounded import JSON_BYTES, digest_of, file_digest, read_bounded
 from fxmask.files.foreign import foreign_errors_as
 from fxmask.files.replace import replace_file
-from fxmask.files.sealed import head_of, parse, seal, unseal
-from fxmask.frontend.capture import capture
-from fxmask.frontend.modules import module_device
+from fxmask.files.sealed import differing, fields_in, fields_now, head_of, parse, seal, unseal
+from fxmask.frontend.offloading import onloaded
 from fxmask.learning.effort import Limits
 from fxmask.learning.outcome import Outcome
 from fxmask.passes.rectify import rectify
@@ -33,18 +33,19 @@ from fxmask.runtime.checks import Check, Checks
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.runtime.quality import MEASURED, Quality
 from fxmask.settings.components import denoisers_of, original_of
-from fxmask.settings.key import MAIN, Setting
+from fxmask.settings.key import MAIN, Setting, setting_around, unlike
 from fxmask.settings.known import Known
-from fxmask.settings.pipeline import install
+from fxmask.settings.pipeline import install, restore
 from fxmask.settings.session import Session
 from fxmask.settings.together import joined
 from fxmask.storage.about import LEARNED, PLAN_FACTS, VERSIONS, base_model, kept_facts, plan_facts, versions
 from fxmask.storage.card import Entry, write_card
-from fxmask.storage.placed import placed_call
 from fxmask.storage.plan_file import FOREIGN
 from fxmask.storage.plans import facts_of, load_plan, save_mask
+from fxmask.storage.saved_program import capture_saved, refuse_other_program
 from fxmask.storage.schema import PLAN
 
+logger = logging.getLogger(__name__)
 LIST = "settings.json"
 FORMAT, VERSION = "fxmask settings", 2
 
@@ -91,10 +92,9 @@ def _save_part(session: Session, folder: Path, shown: list[Entry]) -> list[dict[
         name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
         facts = _facts(session, setting, known)
         save_mask(folder / name, known.mask, facts, session.program.example.arguments)
-        digest = file_digest(folder / name / PLAN)
-        entries.append(
-            {"folder": name, "plan": digest, **data, "effort": known.effort, "checks": _checks_to_data(known.checks)}
-        )
+        raw = read_bounded(folder / name / PLAN, JSON_BYTES)
+        found = {"folder": name, "plan": digest_of(raw), "plan_fields": fields_in(raw), **data}
+        entries.append({**found, "effort": known.effort, "checks": _checks_to_data(known.checks)})
         title = f"{session.component}: {setting}" if session.shared else str(setting)
         shown.append(Entry(title, known.mask, facts, f"{name}.png"))
     return entries
@@ -160,11 +160,21 @@ def load_settings(folder: Path, pipe: Any, *, backend: str, mode: str | None, pr
         )
         for name in denoisers_of(pipe, names)
     }
-    for entry in entries:
-        if entry.component not in sessions:
-            raise MaskError(f"{folder / LIST} is damaged: {entry.component!r} is none of {names}")
-        _load_plan(folder, sessions[entry.component], entry)
+    unknown = next((entry.component for entry in entries if entry.component not in sessions), None)
+    if unknown is not None:
+        raise MaskError(f"{folder / LIST} is damaged: {unknown!r} is none of {names}")
     install(pipe, joined(list(sessions.values())))
+    try:
+        for entry in entries:
+            with onloaded(sessions[entry.component].model):
+                _load_plan(folder, sessions[entry.component], entry)
+    except BaseException:
+        restore(pipe)
+        raise
+    now = setting_around(pipe, [session.model.original for session in sessions.values()])
+    news = unlike([entry.setting for entry in entries], now, arguments=False)
+    if news:
+        logger.warning("no plan in %s is for this pipeline as it is now, so it is recorded and planned anew: %s", folder, news)
     return pipe
 
 
@@ -177,17 +187,8 @@ def _load_plan(folder: Path, session: Session, entry: SavedSetting) -> None:
     mask, facts, example = load_plan(place)
     facts = facts_of(place, mask, facts)
     if session.program is None:
-        roles = {key.split(".")[0]: role for key, role in facts["roles"].items()}
-        with foreign_errors_as(MaskError, f"this {type(model).__name__} cannot run the call saved in {place}", FOREIGN):
-            call = placed_call(example, module_device(model))
-            session.program = capture(model, call, roles=roles)
-            if mask.fingerprint is not None and not session.program.fits(mask.fingerprint):
-                # Some models make tables at their first call and keep them: plans were made of graphs that hold these.
-                with torch.no_grad():
-                    model(**call)
-                session.program = capture(model, call, roles=roles)
-    if mask.fingerprint is None or not session.program.fits(mask.fingerprint):
-        raise MaskError(f"the plans in {folder} were made for another model than this {type(model).__name__}")
+        session.program = capture_saved(place, model, mask, facts, example)
+    refuse_other_program(place, mask, facts, session.program)
     session.settings[entry.setting] = Known(mask=mask, checks=entry.checks, facts=kept_facts(facts), effort=entry.effort)
 
 
@@ -232,7 +233,10 @@ def _setting_of(folder: Path, names: list[str], entry: Mapping[str, Any]) -> Sav
         raise MaskError(f"{folder / LIST} is damaged: {name!r} is no folder beside it")
     place = folder / name
     if digest is not None and (place / PLAN).is_file() and file_digest(place / PLAN) != digest:
-        raise MaskError(f"the plan for {setting} in {place} is not the one that {folder / LIST} was written with; {FOREIGN}")
+        said = entry.get("plan_fields")
+        changed = differing(said, fields_now(read_bounded(place / PLAN, JSON_BYTES))) if isinstance(said, dict) else ""
+        what = f"the plan for {setting} in {place} is not the one that {folder / LIST} was written with"
+        raise MaskError(f"{what}{changed}; {FOREIGN}")
     return SavedSetting(component, setting, place, str(entry["effort"]), _checks_of(entry["checks"]))
 
 

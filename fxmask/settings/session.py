@@ -27,6 +27,7 @@ from fxmask.backends import get_backend
 from fxmask.errors import FxmaskError, InputError
 from fxmask.frontend.capture import capture
 from fxmask.frontend.modules import module_device
+from fxmask.frontend.offloading import execution_device, hook_of, onloaded
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
 from fxmask.learning.effort import Limits
@@ -48,8 +49,9 @@ from fxmask.sampling.sampler import Sampler
 from fxmask.settings.better import better_mask
 from fxmask.settings.checked import checks_of, checks_of_mask
 from fxmask.settings.components import accelerated_in
-from fxmask.settings.key import Setting, setting_of
+from fxmask.settings.key import Setting, setting_of, unlike
 from fxmask.settings.known import KEPT_RUNS, Known, count_graphs, named
+from fxmask.settings.obstacles import DRIFTING, drift_of, obstacle_to
 from fxmask.settings.passing import record_in_passing
 from fxmask.settings.together import fit_together
 
@@ -58,9 +60,6 @@ MOST_SETTINGS = 16  # that are kept, those used last
 MOST_RECORDED = 4  # of these, with recorded runs, if all have plans
 SHARE = 8  # of free memory, one part in so many may hold recorded runs, if nothing else was asked for
 MOST_TRIALS = 3  # calls that may compare, if the first ones could not
-DRIFT = 3.0  # times the estimated error, in so many runs in a row, before a warning
-DRIFTING = 3
-LEAST = 1e-3  # errors below are not seen, whatever was estimated
 
 INSIDE: contextvars.ContextVar[bool] = contextvars.ContextVar("fxmask_inside", default=False)
 
@@ -205,27 +204,21 @@ class Session:
 
     def _say_new(self, setting: Setting) -> None:
         """One line for a setting that nothing is known of."""
-        others = [known for other, known in self.settings.items() if other != setting]
-        level = logging.WARNING if others else logging.INFO
-        logger.log(level, "not seen before, so this call runs in full and is recorded; the next ones are fast: %s", setting)
+        others = [other for other in self.settings if other != setting]
+        level, what = (logging.WARNING if others else logging.INFO), unlike(others, setting)
+        news = f" ({what})" if what else ""
+        logger.log(
+            level, "not seen before, so this call runs in full and is recorded; the next ones are fast: %s%s", setting, news
+        )
 
     def _is_in(self, pipe: Any) -> bool:
         """Whether the pipeline still calls this model, and nothing moves its weights from call to call."""
         if self.component is None or self.model.training or accelerated_in(pipe, self.component) is not self.model:
             return False  # another denoiser was put in its place
-        if getattr(self.model.original, "_cache_config", None) is not None:
-            self._say(
-                f"enable_cache() was called on the {self.component} of this pipeline, so that cache is used, and no plan; call "
-                "disable_cache() on it to go back to the plans"
-            )
-            return False
-        if "_hf_hook" not in vars(self.model):
-            return True
-        self._say(
-            f"the {self.component} of this pipeline is offloaded between calls, so it runs as it always did; move it to the "
-            "device with .to(), or switch offloading off for it"
-        )
-        return False
+        obstacle = obstacle_to(self.model, self.component)
+        if obstacle is not None:
+            self._say(obstacle)
+        return obstacle is None
 
     def _say(self, message: str) -> None:
         """Warn, once."""
@@ -305,7 +298,7 @@ class Session:
         """Bytes that a recorded run may hold."""
         if self._max_bytes is not None:
             return self._max_bytes // KEPT_RUNS if known.runs else self._max_bytes
-        return free_bytes(module_device(self.model.original)) // SHARE
+        return free_bytes(execution_device(self.model) or module_device(self.model.original)) // SHARE
 
     def _run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], setting: Setting) -> Any:
         """Make a call with the plans of its setting."""
@@ -336,19 +329,9 @@ class Session:
 
     def _notice_drift(self, setting: Setting, known: Known) -> None:
         """Look at what the last run's checks said, if that has arrived on the host."""
-        runs = self._history.runs
-        if known.checks is None or not runs or runs[-1].checks is None or runs[-1].checks.checks is not known.checks:
-            return
-        error = runs[-1].checks.arrived_error()
-        if error is None:
-            return
-        known.drifted = known.drifted + 1 if max(error) > DRIFT * max(known.checks.error, LEAST) else 0
-        if known.drifted == DRIFTING:
-            self._say(
-                f"the last {DRIFTING} images at {setting} are estimated to have {DRIFT:g} times the error of the plan's own "
-                f"({max(error):.2g}, {known.checks.error:.2g}): it was made of an image unlike these. Call improve() on the "
-                "accelerated denoiser, or pass every=20 to accelerate(), so that plans follow what they are used for"
-            )
+        drift = drift_of(known, self._history.runs[-1] if self._history.runs else None)
+        if drift is not None:
+            self._say(f"the last {DRIFTING} images at {setting} {drift}")
 
     # Plans
 
@@ -373,9 +356,10 @@ class Session:
             if known.variants is not None or known.refused is not None or (known.mask is None and not known.runs):
                 return
             try:
-                if known.mask is None:
-                    self._fit(known)
-                self._use(known)
+                with onloaded(self.model):
+                    if known.mask is None:
+                        self._fit(known)
+                    self._use(known)
             except FxmaskError as error:
                 self._refuse(known, setting, str(error))
             except Exception as error:  # whatever it is, the user's image must not fail for it
@@ -389,7 +373,7 @@ class Session:
     def captured(self, run: PipelineTrajectory | Any) -> Program:
         """The program of this denoiser, captured now if it is the first run."""
         if self.program is None:
-            with self._spending("capturing"):
+            with self._spending("capturing"), onloaded(self.model):
                 self.program = capture(run.denoiser, run.calls[0][0], roles=run.roles)
         return self.program
 
@@ -438,18 +422,21 @@ class Session:
                 for name, found in findings.read().items()
             }
             known.findings = known.trial = None
-            try:
-                self._fit(known)
-            except FxmaskError:
-                logger.debug("the plan stays as it is", exc_info=True)
-            self._use(known)
+            with onloaded(self.model):
+                try:
+                    self._fit(known)
+                except FxmaskError:
+                    logger.debug("the plan stays as it is", exc_info=True)
+                self._use(known)
 
     def _use(self, known: Known) -> None:
         """Put the mask of a setting to use, beside those of others; the call of a trial is not worth compiling for."""
         program, mask = self.program, known.mask
         assert program is not None
         assert mask is not None
-        backend, mode = self.backend, self.mode
+        offloaded = hook_of(self.model) is not None
+        # Recordings of CUDA graphs are for weights that stay where they are.
+        backend, mode = "inductor" if offloaded and self.backend == "auto" else self.backend, self.mode
         if known.trial is not None:
             (mask, trial), backend, mode = known.trial, "eager", None
             known.findings = Findings(trial)
@@ -474,7 +461,7 @@ class Session:
         if self.model._fxmask.variants is None or self._latest is known:
             self.model.adopt(variants, known.facts)
             self._latest = known
-        if not get_backend(backend).exact and self.compiles_aside:
+        if not get_backend(backend).exact and self.compiles_aside and not offloaded:
             variants.compile_in_background(progress=self.progress)
         elif not get_backend(backend).exact:
             with self._spending("compiling"), torch.no_grad():
@@ -491,7 +478,8 @@ class Session:
                 self._fit(known)
             for part, k in found:
                 if k.mask is not None:
-                    part._use(k)
+                    with onloaded(part.model):
+                        part._use(k)
         except FxmaskError:
             logger.debug("the plan stays as it is", exc_info=True)
 
@@ -537,7 +525,7 @@ class Session:
 
     def _improve(self, known: Known, effort: str, **options: Any) -> bool:
         if effort == "instant":
-            with self._lock:
+            with self._lock, onloaded(self.model):
                 self._fit(known)
                 self._use(known)
             return True
@@ -545,16 +533,12 @@ class Session:
         assert program is not None
         assert mask is not None
         began = time.perf_counter()
-        found, error, calls = better_mask(
-            program,
-            list(known.runs),
-            mask,
-            self._own_outcome(known),
-            self.limits,
-            effort=effort,
-            **{"max_learning_bytes": self._max_bytes, "progress": self.progress, "backend": self.backend, **options},
-        )
-        with self._lock:
+        given = {"max_learning_bytes": self._max_bytes, "progress": self.progress, "backend": self.backend, **options}
+        with onloaded(self.model):
+            found, error, calls = better_mask(
+                program, list(known.runs), mask, self._own_outcome(known), self.limits, effort=effort, **given
+            )
+        with self._lock, onloaded(self.model):
             self._seconds["learning"] += time.perf_counter() - began
             self._further_calls += calls
             if found is None:
@@ -572,6 +556,11 @@ class Session:
         return Outcome(macs=min(1.0, 1 / known.variants.plan.mac_ratio))
 
     def _start_worker(self) -> None:
+        if any(hook_of(part.model) is not None for part in self.parts):
+            self._say(
+                "weights of this pipeline are offloaded between calls: nothing is improved in the background; improve() works"
+            )
+            return
         with self._lock:
             if self._worker is None or not self._worker.is_alive():
                 self._worker = threading.Thread(target=self._work, name="fxmask improve", daemon=True)

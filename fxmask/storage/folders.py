@@ -59,15 +59,19 @@ class Exchange:
         place.unlink(missing_ok=True)
         write_new(place, content)
 
-    def commit(self, state: Mapping[str, Any]) -> None:
+    def commit(self, state: Mapping[str, Any], others: Mapping[str, str] | None = None) -> None:
         """Make these files the plan.
+
+        Args:
+            state: what goes into plan.json.
+            others: digests of what is in the other files, by name; see ``seal``.
 
         Raises:
             OSError: plan.json cannot be written; the old plan is still there.
         """
         for place in {(self._folder / entry.path).parent for entry in self.files.values()}:
             sync_folder(place)
-        replace_file(self._folder / PLAN, seal(state, indent=1), self._folder / PARTIAL)
+        replace_file(self._folder / PLAN, seal(state, indent=1, others=others), self._folder / PARTIAL)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import msgspec
 from fxmask.errors import MaskError
 from fxmask.files.bounded import JSON_BYTES, TENSOR_BYTES, check_json, digest_of, file_digest, read_bounded
 from fxmask.files.foreign import foreign_errors_as
-from fxmask.files.sealed import head_of, parse, unseal
+from fxmask.files.sealed import differing, fields_in, head_of, parse, unseal
 from fxmask.storage.schema import (
     CONSTANTS,
     FORMAT,
@@ -26,6 +26,7 @@ from fxmask.storage.schema import (
     is_file_of,
     is_own_file,
 )
+from fxmask.storage.tensors import tensor_digests
 
 FOREIGN = "copy the folder as a whole, or save it again"
 
@@ -75,8 +76,15 @@ def content_of(folder: Path, state: PlanFile, name: str, limit: int = TENSOR_BYT
     with _same_file(path):
         raw = read_bounded(path, limit)
         if digest_of(raw) != state.files[name].digest:
-            raise ValueError("its digest is another")
+            raise ValueError(f"its digest is another{_changed_tensors(folder, name, raw)}")
         return raw
+
+
+def _changed_tensors(folder: Path, name: str, raw: bytes) -> str:
+    """Which tensors of a file are not those that plan.json was written with, as far as that can be told."""
+    said = {k: v for k, v in fields_in(read_bounded(folder / PLAN, JSON_BYTES)).items() if k.startswith(f"{name}: ")}
+    found = tensor_digests(name, raw)
+    return differing(said, found) if said and found else ""
 
 
 def _path_of(folder: Path, state: PlanFile, name: str, limit: int) -> Path:

@@ -22,7 +22,7 @@ from fxmask.storage.folders import Exchange, exchange, read_again
 from fxmask.storage.plain import from_plain, to_plain
 from fxmask.storage.plan_file import FOREIGN, content_of, read_plan_file
 from fxmask.storage.schema import FORMAT, PLAN, TENSORS, VERSION, Facts, PlanFile, SchedulerFacts, plain_facts
-from fxmask.storage.tensors import tensors_from_bytes, tensors_to_bytes
+from fxmask.storage.tensors import tensor_digests, tensors_from_bytes, tensors_to_bytes
 
 MOST_STEPS = MOST_BLOCKS = 10_000
 MOST_ENTRIES = 4_000_000  # steps times blocks
@@ -54,9 +54,10 @@ def write_mask(files: Exchange, state: Mapping[str, Any], tensors: Mapping[str, 
     Raises:
         OSError: the folder cannot be written.
     """
-    files.add(TENSORS, tensors_to_bytes(tensors))
+    content = tensors_to_bytes(tensors)
+    files.add(TENSORS, content)
     entries = {name: msgspec.to_builtins(entry) for name, entry in files.files.items()}
-    files.commit({"format": FORMAT, "version": VERSION, "files": entries, **state})
+    files.commit({"format": FORMAT, "version": VERSION, "files": entries, **state}, tensor_digests(TENSORS, content))
 
 
 def mask_to_data(

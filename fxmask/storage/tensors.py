@@ -7,12 +7,28 @@ from collections.abc import Mapping
 import torch
 from safetensors.torch import load, save
 
+from fxmask.files.sealed import short_digest
+
 HEADER_BYTES = 8 * 2**20  # names, types and shapes of all tensors
 
 
 def tensors_to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """A safetensors file."""
     return save({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()})
+
+
+def tensor_digests(name: str, content: bytes) -> dict[str, str]:
+    """Digests of each tensor of a file, by ``file: tensor``; none where the file is damaged beyond that."""
+    try:
+        tensors = tensors_from_bytes(content)
+    except Exception:  # whatever damage leads to
+        return {}
+    return {f"{name}: {key}": short_digest(_bytes_of(x)) for key, x in sorted(tensors.items())}
+
+
+def _bytes_of(x: torch.Tensor) -> bytes:
+    head = f"{x.dtype} {tuple(x.shape)} ".encode()
+    return head + bytes(x.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def tensors_from_bytes(content: bytes) -> dict[str, torch.Tensor]:

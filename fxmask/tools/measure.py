@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from fxmask.runtime.quality import MEASURED, Quality, digest_of_mask
 from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.twin import hide_progress, make_twin
 from fxmask.settings.key import SCHEDULES
-from fxmask.settings.pipeline import accelerated_of, is_a_pipeline
+from fxmask.settings.pipeline import is_a_pipeline, session_of
+from fxmask.storage.about import plan_facts
 from fxmask.timing import timed
 
 MOST_DECIBELS = 300.0  # of images that are equal
@@ -29,7 +31,7 @@ def measure(model: Any, runs: Sequence[Any], *, fewer_steps: bool = True) -> Qua
     """Compare images made with a plan with those made in full, from the same noise; ``report`` and ``save`` know of it then.
 
     Args:
-        model: an accelerated model, or an accelerated pipeline.
+        model: an accelerated model, or an accelerated pipeline; of one with several denoisers, all of them know of it.
         runs: of a model, recorded runs that its plan was not made from, ``fxmask.record(model, scheduler, seed=1000)``; of a
             pipeline, calls by name, each with a ``generator`` of its own, at a setting that has a plan.
         fewer_steps: also compare with fewer steps that cost the same, where noise is not injected.
@@ -43,9 +45,16 @@ def measure(model: Any, runs: Sequence[Any], *, fewer_steps: bool = True) -> Qua
     if not isinstance(runs, Sequence) or not runs:
         raise InputError("measuring needs one run at least: recorded runs for a model, calls by name for a pipeline")
     quality = _of_pipeline(model, runs, fewer_steps) if is_a_pipeline(model) else _of_model(model, runs, fewer_steps)
-    accelerated = accelerated_of(model) if is_a_pipeline(model) else model
-    accelerated.note(**{MEASURED: quality.to_dict()})
+    for accelerated in _planned_in(model) if is_a_pipeline(model) else [model]:
+        own = replace(quality, mask=digest_of_mask(accelerated.plan.source))
+        accelerated.note(**{MEASURED: own.to_dict()})
     return quality
+
+
+def _planned_in(pipe: Any) -> list[AcceleratedModel]:
+    """The denoisers of a pipeline that have a plan at the setting that was used last."""
+    latest = [(part.model, next(reversed(part.settings.values()), None)) for part in session_of(pipe).parts]
+    return [model for model, known in latest if known is not None and known.variants is not None and known.refused is None]
 
 
 def step_errors(accelerated: AcceleratedModel, run: Sampler) -> dict[str, list[float]]:
@@ -97,16 +106,26 @@ def _of_pipeline(pipe: Any, calls: Sequence[Any], fewer_steps: bool) -> Quality:
     wrong = next((call for call in calls if not isinstance(call, Mapping)), None)
     if wrong is not None:
         raise InputError(f"measuring a pipeline needs calls by name, got {type(wrong).__name__}; e.g. {{'prompt': 'a cat'}}")
-    plain, accelerated = make_twin(pipe, None), accelerated_of(pipe)
+    session_of(pipe)  # says what is wrong
+    plain = make_twin(pipe, None)
     hide_progress(plain)
     made(pipe, calls[0])  # plans and compiles
+    planned = _planned_in(pipe)
+    if not planned:
+        raise InputError("no denoiser of this pipeline has a plan at this setting; call it twice, or see its warnings")
     fast, full = _in_turns(lambda call: made(pipe, call), lambda call: made(plain, call), calls)
     steps = _steps_of(pipe, calls[0])
     fewer = None
     if fewer_steps and steps is not None:
-        steps = max(1, round(steps / accelerated.plan.mac_ratio))
+        steps = max(1, round(steps / _ratio(planned)))
         fewer = _unless_refused(lambda: [made(plain, {**call, STEPS: steps}) for call in calls])
-    return _quality(accelerated, [x for _, x in fast], [x for _, x in full], fewer, steps, 1.0, (fast, full))
+    return _quality(planned[0], [x for _, x in fast], [x for _, x in full], fewer, steps, 1.0, (fast, full))
+
+
+def _ratio(planned: Sequence[AcceleratedModel]) -> float:
+    """MACs of whole runs in full, over those with plans, of all denoisers together."""
+    facts = [plan_facts(model.plan, model.program.batch_size) for model in planned]
+    return float(sum(x["full_macs"] for x in facts) / max(1, sum(x["macs"] for x in facts)))
 
 
 def _steps_of(pipe: Any, call: Mapping[str, Any]) -> int | None:

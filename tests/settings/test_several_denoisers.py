@@ -91,6 +91,21 @@ def test_both_denoisers_share_one_outcome(tmp_path: Any) -> None:
     assert torch.equal(images(pipe, call, 1), plain[1])
 
 
+def test_what_is_measured_is_known_of_both(tmp_path: Any) -> None:
+    pipe, call = wan_2_2()
+    accelerated(pipe, speedup=1.5)
+    with pytest.raises(fxmask.InputError, match="no denoiser of this pipeline has a plan"):
+        fxmask.measure(pipe, [{**call, "num_inference_steps": 6, "generator": generator(0)}])
+    calls = [{**call, "num_inference_steps": 6, "generator": generator(seed)} for seed in (50, 51)]
+    quality = fxmask.measure(pipe, calls)
+    found = [part.model.report().quality for part in session_of(pipe).parts]
+    assert quality.images == 2
+    assert [q is not None and (q.psnr, q.images) for q in found] == 2 * [(quality.psnr, 2)]
+    assert found[0].mask != found[1].mask, "each is measured with its own plan"
+    fxmask.save(pipe, tmp_path / "plans")
+    assert (tmp_path / "plans" / "README.md").read_text().count("held-out PSNR") == 2
+
+
 def test_a_denoiser_without_steps_is_no_reason_to_refuse() -> None:
     pipe, call = wan_2_2(boundary=0.0)
     plain = images(pipe, call, 1)

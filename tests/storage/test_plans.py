@@ -46,7 +46,7 @@ def accelerated():
 
 def test_a_second_process_gives_the_same_samples_bit_for_bit(accelerated, tmp_path):
     accelerated.save(tmp_path / "plan")
-    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == [PLAN, TENSORS]
+    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["README.md", "mask.png", PLAN, TENSORS]
     assert [path.name for path in tmp_path.iterdir()] == ["plan"], "nothing temporary is left"
     script = LOAD.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "plan"), out=str(tmp_path / "out.pt"))
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})

@@ -1,4 +1,4 @@
-"""``fxmask demo``: the main job, on the small trained checkpoint that the repository ships."""
+"""``fxmask demo``: the main job, on the small trained checkpoint that is shipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from fxmask.tools.commands.learn import HELD_OUT
 from fxmask.tools.commands.show import PICTURES, draw, heat_map_text
 from fxmask.tools.measure import measure
 
-CHECKPOINTS = Path(__file__).resolve().parents[3] / "examples" / "checkpoints"
+PACKAGE = Path(__file__).resolve().parents[2]
+INSTALLED, IN_A_CLONE = PACKAGE / "checkpoints", PACKAGE.parent / "examples" / "checkpoints"
+CHECKPOINTS = INSTALLED if INSTALLED.is_dir() else IN_A_CLONE
 BATCH = 8
 REPEATS = 5
 
@@ -42,7 +44,10 @@ REPEATS = 5
         "--output", type=Picture(), default="fxmask-demo.png", show_default=True, help="picture of images before and after"
     ),
     click.option(
-        "--checkpoints", type=click.Path(path_type=Path), default=CHECKPOINTS, help="folder of shipped checkpoints, in a clone"
+        "--checkpoints",
+        type=click.Path(path_type=Path),
+        default=CHECKPOINTS,
+        help="folder of checkpoints, other than the shipped ones",
     ),
     BACKEND,
     PICTURES,
@@ -99,8 +104,8 @@ def shipped(checkpoints: Path) -> tuple[torch.nn.Module, Any]:
     config, weights = checkpoints / "ddpm" / "config.json", checkpoints / "ddpm" / "model.safetensors"
     if not (config.is_file() and weights.is_file()):
         raise InputError(
-            f"the shipped checkpoint is not in {checkpoints}: it is in a clone of the repository, where `pip install -e "
-            '".[examples]"` finds it; or give its examples/checkpoints with --checkpoints'
+            f"the shipped checkpoint is not in {checkpoints}: it is installed with fxmask, and in examples/checkpoints of a "
+            "clone; leave --checkpoints out, or install fxmask again"
         )
     given = json.loads(config.read_text(encoding="utf-8"))
     kind = getattr(package, given["_class_name"])
