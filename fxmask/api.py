@@ -132,8 +132,8 @@ def accelerate(
             ``"default"``: how many sampling runs learning may take; see ``fxmask.learn``. Of a pipeline, the instant plan is
             kept where no better one is found; ``pipe.unet.improve(effort="quick")`` goes on from there.
         cost: what ``speedup`` and ``macs`` are ratios of: ``"macs"``, or ``"latency"``, seconds measured on this machine.
-        checkpoint: a file that keeps what learning has measured; the same call goes on from it. Nothing is measured for
-            ``"instant"``.
+        checkpoint: a file that keeps what learning has measured; the same call goes on from it. Of a pipeline a folder, with a
+            file for each denoiser and setting. Nothing is measured for ``"instant"``.
         backend: ``"auto"`` (Inductor, the compiler of torch.compile; steps are replayed as CUDA graphs where the model is on an
             NVIDIA GPU), ``"inductor"`` (never replayed), ``"cudagraph"`` (an error where nothing can be replayed),
             ``"package"`` (ahead of time: slow to compile, see ``AcceleratedModel.export``) or ``"eager"``.
@@ -180,6 +180,7 @@ def accelerate(
             effort=effort,
             limits=Limits(max_graphs, max_cache_bytes),
             max_learning_bytes=max_learning_bytes,
+            checkpoint=checkpoint,
             backend=backend,
             mode=mode,
             component=component,

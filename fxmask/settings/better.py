@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
 
 from fxmask.errors import InputError
@@ -16,6 +20,7 @@ from fxmask.learning.search import Search
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.model import AcceleratedModel
 from fxmask.sampling.sampler import Sampler
+from fxmask.settings.key import Setting
 
 JUDGES = 4  # runs with fresh noise that masks are compared on
 BETTER = 0.1  # dB by which a mask must be better, and by more than its standard error
@@ -34,6 +39,7 @@ def better_mask(
     backend: str = "auto",
     max_learning_bytes: int | None = None,
     learn_dtype: torch.dtype = torch.float32,
+    checkpoint: str | Path | None = None,
 ) -> tuple[Mask | None, float, int]:
     """Learn a mask and compare it with the present one.
 
@@ -49,6 +55,7 @@ def better_mask(
         backend: what latencies are measured with.
         max_learning_bytes: see ``fxmask.learn``.
         learn_dtype: see ``fxmask.learn``.
+        checkpoint: see ``fxmask.learn``.
 
     Returns:
         The mask, ``None`` if it is not better; its relative L2 error on fresh noise; how many calls of the denoiser that took.
@@ -65,6 +72,7 @@ def better_mask(
             limits=limits,
             seed=seed,
             progress=progress,
+            checkpoint=checkpoint,
             backend=backend,
             room=room,
             deployed=deployed,
@@ -80,6 +88,32 @@ def better_mask(
     better = float(gain.mean()) > max(BETTER, doubt)
     error = float((10 ** (ours / 10)).mean().sqrt())
     return (point.mask if better else None), error, calls
+
+
+def journal_in(folder: str | Path | None, component: str | None, setting: Setting) -> Path | None:
+    """The file of a folder that keeps what was measured of a denoiser at a setting."""
+    if folder is None:
+        return None
+    name = hashlib.sha256(json.dumps([component, setting.to_data()], sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"{component}-{name}.json"
+
+
+def check_checkpoint(folder: str | Path | None, effort: str) -> None:
+    """Make the folder.
+
+    Raises:
+        InputError: nothing would be in it, there is a file in its place, or it cannot be made.
+    """
+    if folder is None:
+        return
+    if effort == "instant":
+        raise InputError("checkpoint= keeps what further calls of the denoiser measured; pass effort='quick' or 'default' too")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"checkpoint={str(folder)!r} must be a folder for a pipeline, a file for each plan: {error}"
+        ) from error
 
 
 def decibels_on(program: Program, mask: Mask, runs: list[Sampler]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +95,13 @@ def _count_classes(denoiser: torch.nn.Module) -> int:
 
 
 def learn_from_calls(
-    pipe: Any, session: Session, calls: Sequence[Mapping[str, Any]] | None, steps: Sequence[int | None], effort: str, seed: int
+    pipe: Any,
+    session: Session,
+    calls: Sequence[Mapping[str, Any]] | None,
+    steps: Sequence[int | None],
+    effort: str,
+    seed: int,
+    checkpoint: str | Path | None = None,
 ) -> None:
     """Record calls of a pipeline at every number of steps, and make the plans of all settings that they are of.
 
@@ -105,6 +112,7 @@ def learn_from_calls(
         steps: numbers of steps; ``None``: as the call says.
         effort: ``"instant"``, ``"quick"`` or ``"default"``.
         seed: of the first call's noise; the others count on.
+        checkpoint: a folder that keeps what was measured; the same call goes on from it.
 
     Raises:
         InputError: the pipeline cannot be called like that, or no setting can be accelerated; says why.
@@ -124,7 +132,7 @@ def learn_from_calls(
     reasons = []
     for setting in counts:
         session.plan_all(setting)
-        reasons.append(session.improve_setting(setting, effort))
+        reasons.append(session.improve_setting(setting, effort, checkpoint))
     if all(reason is not None for reason in reasons):
         raise InputError(f"{type(pipe).__name__} cannot be accelerated: {reasons[0]}")
 

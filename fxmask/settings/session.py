@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ from fxmask.runtime.variants import Variants
 from fxmask.sampling.pipeline_trajectory import INTERRUPTED, PipelineTrajectory
 from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Sampler
-from fxmask.settings.better import better_mask
+from fxmask.settings.better import better_mask, journal_in
 from fxmask.settings.checked import checks_of, checks_of_mask
 from fxmask.settings.components import accelerated_in
 from fxmask.settings.key import Setting, setting_of, unlike
@@ -498,7 +499,7 @@ class Session:
 
     # Better plans
 
-    def improve_setting(self, setting: Setting, effort: str) -> str | None:
+    def improve_setting(self, setting: Setting, effort: str, checkpoint: str | Path | None = None) -> str | None:
         """Learn on what was recorded of a setting, by further calls of the denoisers; why it is not accelerated, if so."""
         found = [(part, known) for part, known in self._look_up_all(setting) if not known.unused]
         refused = next((known.refused for _, known in found if known.refused is not None), None)
@@ -506,7 +507,7 @@ class Session:
             if effort == "instant" or known.mask is None or known.refused is not None:
                 continue
             try:
-                part._improve(known, effort)
+                part._improve(known, effort, checkpoint=journal_in(checkpoint, part.component, setting))
             except FxmaskError as error:
                 logger.warning("%s: the plan of recorded runs alone stays, since %s", setting, error)
         return refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fxmask.backends import get_backend
@@ -12,6 +13,7 @@ from fxmask.frontend.modules import module_device, require_eval
 from fxmask.learning.effort import Limits
 from fxmask.learning.outcome import Outcome
 from fxmask.runtime.model import AcceleratedModel
+from fxmask.settings.better import check_checkpoint
 from fxmask.settings.components import denoisers_of, original_of
 from fxmask.settings.example_calls import checked_calls, checked_steps, learn_from_calls
 from fxmask.settings.pipeline import install, restore
@@ -33,6 +35,7 @@ def accelerate_pipeline(
     effort: str,
     limits: Limits,
     max_learning_bytes: int | None,
+    checkpoint: str | Path | None,
     backend: str,
     mode: str | None,
     component: str | Sequence[str] | None,
@@ -50,6 +53,7 @@ def accelerate_pipeline(
     named = [name for name, given in {**refused, "scheduler": scheduler is not None}.items() if given]
     if named:
         raise InputError(f"{named} is for a model; a pipeline has a scheduler of its own, and its plans are made of its calls")
+    check_checkpoint(checkpoint, effort)
     calls, steps = checked_calls(example_calls), checked_steps(num_inference_steps)
     sessions = []
     for name in denoisers_of(pipe, component):
@@ -62,7 +66,7 @@ def accelerate_pipeline(
     install(pipe, joined(sessions))
     if calls is not None or effort != "instant":
         try:
-            learn_from_calls(pipe, sessions[0], calls, steps, effort, seed)
+            learn_from_calls(pipe, sessions[0], calls, steps, effort, seed, checkpoint)
         except KeyboardInterrupt:
             if not any(part.model.has_plan for part in sessions):
                 restore(pipe)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from pipelines import Vae, generator, small_stable_diffusion
 from test_settings import Pipeline, accelerated, images, small
 
 import fxmask
+from fxmask.learning import search as search_module
+from fxmask.learning.journal import Journal
 from fxmask.settings.example_calls import PROMPTS, built_in_calls, checked_steps
 from fxmask.settings.pipeline import session_of
 
@@ -174,3 +177,47 @@ def test_a_negative_prompt_is_a_setting_where_it_switches_guidance_on() -> None:
     assert own[0] != own[1]
     plain = [setting_of(pipe, pipe.__call__, (), kwargs, [pipe.unet]) for kwargs in ({}, {"negative_prompt": "a"})]
     assert plain[0] == plain[1]
+
+
+class Stopping(Journal):
+    """A journal whose process is killed after a few measurements."""
+
+    left = 6
+    made: ClassVar[list[Stopping]] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.made.append(self)
+
+    def get(self, *args: Any, **options: Any) -> Any:
+        found = super().get(*args, **options)
+        Stopping.left -= 1
+        if not Stopping.left:
+            raise SystemExit("killed")
+        return found
+
+
+def test_interrupted_learning_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 4, "effort": "quick", "speedup": 1.5}
+    whole, call = small()
+    accelerated(whole, example_calls=[call], **options)
+    monkeypatch.setattr(search_module, "Journal", Stopping)
+    monkeypatch.setattr(Stopping, "made", [])
+    monkeypatch.setattr(Stopping, "left", 6)
+    pipe, _ = small()
+    original = pipe.unet
+    with pytest.raises(SystemExit):
+        accelerated(pipe, example_calls=[call], checkpoint=tmp_path / "learning", **options)
+    assert pipe.unet is original, "nothing is left in the pipeline"
+    (file,) = (tmp_path / "learning").glob("*.json")
+    assert file.name.startswith("unet-")
+    pipe, _ = small()
+    accelerated(pipe, example_calls=[call], checkpoint=tmp_path / "learning", **options)
+    first, second = Stopping.made
+    assert first.replayed == 0
+    assert second.replayed > 0
+    assert pipe.unet.mask == whole.unet.mask
+    with pytest.raises(fxmask.InputError, match="must be a folder for a pipeline"):
+        accelerated(small()[0], example_calls=[call], checkpoint=file, **options)
+    with pytest.raises(fxmask.InputError, match="checkpoint= keeps what further calls"):
+        accelerated(small()[0], checkpoint=tmp_path / "learning")

@@ -59,7 +59,9 @@ HELD_OUT = 10_000  # seeds from here on are nobody's else
         "--learner", type=click.Choice(("default", "paper")), default="default", help="of a denoiser; paper: arXiv 2603.19939"
     ),
     click.option(
-        "--checkpoint", type=click.Path(path_type=Path), help="of a denoiser: a file that the same command goes on from"
+        "--checkpoint",
+        type=click.Path(path_type=Path),
+        help="a file (a folder for a pipeline) that the same command goes on from",
     ),
     click.option("--held-out", type=int, default=4, show_default=True, help="calls with other seeds to measure on; 0: none"),
     BACKEND,
@@ -93,12 +95,10 @@ def _learn(subject: Subject, given: Mapping[str, Any], progress: bool) -> tuple[
     """The accelerated denoiser, and what is to be saved: it, or its pipeline."""
     outcome = {name: given[name] for name in ("speedup", "macs", "max_error", "max_graphs", "backend")}
     if subject.pipe is not None:
-        named = [name for name in ("checkpoint", "scores") if given[name]] + (
-            ["learner"] if given["learner"] != "default" else []
-        )
+        named = ["scores"] if given["scores"] else ["learner"] if given["learner"] != "default" else []
         if named:
             raise InputError(f"--{named[0]} is for a denoiser; a pipeline learns from its own calls")
-        return learn_pipeline(subject, outcome, given["effort"], given["seed"], progress)
+        return learn_pipeline(subject, {**outcome, "checkpoint": given["checkpoint"]}, given["effort"], given["seed"], progress)
     made = (
         _learn_paper(subject, outcome, given, progress)
         if given["learner"] == "paper"
