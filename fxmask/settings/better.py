@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fxmask.errors import InputError
+from fxmask.ir.forecast import Forecast, Source
 from fxmask.ir.mask import Mask
 from fxmask.ir.program import Program
+from fxmask.learning.candidate import ParetoPoint
 from fxmask.learning.effort import EFFORTS, Limits
+from fxmask.learning.instant.parts import RunPart, parts_of
 from fxmask.learning.instant.plans import SMALLEST, relative_squares
 from fxmask.learning.outcome import Outcome
 from fxmask.learning.precision import exact, widened
@@ -62,32 +67,92 @@ def better_mask(
     """
     if effort not in EFFORTS:
         raise InputError(f"effort={effort!r} is unknown; choose one of {['instant', *EFFORTS]}")
-    room = Room.of(max_learning_bytes, runs[0].final.device)
-    with exact():
-        learned, trajectories, deployed = widened(program, runs, learn_dtype, room)
-        search = Search(
-            learned,
-            trajectories,
-            effort=EFFORTS[effort],
-            limits=limits,
-            seed=seed,
-            progress=progress,
-            checkpoint=checkpoint,
-            backend=backend,
-            room=room,
-            deployed=deployed,
-        )
-        point = search.best(outcome.budget) if outcome.max_error is None else search.meet_error(outcome.max_error)
-    steps, images = runs[0].num_steps, sum(run.batch_size for run in runs)
-    calls = round(point.units * steps * images)
+    options: dict[str, Any] = {"effort": EFFORTS[effort], "seed": seed, "progress": progress, "backend": backend}
+    parts, steps, calls = parts_of(runs[0]), runs[0].num_steps, 0
+    if any(parts_of(run) != parts for run in runs):
+        raise InputError("recorded runs change the form of their predictions at different steps; guide them alike")
+    masks = []
+    for number, (first, end) in enumerate(parts):
+        if len(parts) > 1 and end - first == 1:
+            masks.append(Mask.ones(program, runs[0].timesteps[first:end]))
+            continue
+        cut = runs if len(parts) == 1 else [RunPart(run, first, end) for run in runs]
+        own = outcome if len(parts) == 1 else Outcome(macs=_spent(program, mask, first, end))
+        file = _numbered(checkpoint, number if len(parts) > 1 else None)
+        point = _learned(program, cut, own, limits, max_learning_bytes, learn_dtype, checkpoint=file, **options)
+        masks.append(point.mask)
+        calls += round(point.units * (end - first) * sum(run.batch_size for run in runs))
+    found = masks[0] if len(parts) == 1 else joined(masks, parts, program)
     judges = [runs[k % len(runs)].renoised(program.model, 104_729 * (seed + 1) + k) for k in range(JUDGES)]
     calls += 3 * steps * sum(run.batch_size for run in judges)
-    ours, theirs = (decibels_on(program, candidate, judges) for candidate in (point.mask, mask))
+    ours, theirs = (decibels_on(program, candidate, judges) for candidate in (found, mask))
     gain = theirs - ours  # errors: smaller is better
     doubt = float(gain.std(correction=1) / len(gain) ** 0.5) if len(gain) > 1 else 0.0
     better = float(gain.mean()) > max(BETTER, doubt)
     error = float((10 ** (ours / 10)).mean().sqrt())
-    return (point.mask if better else None), error, calls
+    return (found if better else None), error, calls
+
+
+def _learned(
+    program: Program,
+    runs: Sequence[Sampler],
+    outcome: Outcome,
+    limits: Limits,
+    max_learning_bytes: int | None,
+    learn_dtype: torch.dtype,
+    **options: Any,
+) -> ParetoPoint:
+    """What further calls of the denoiser find; options are those of ``Search``."""
+    room = Room.of(max_learning_bytes, runs[0].final.device)
+    with exact():
+        learned, trajectories, deployed = widened(program, runs, learn_dtype, room)
+        search = Search(learned, trajectories, limits=limits, room=room, deployed=deployed, **options)
+        return search.best(outcome.budget) if outcome.max_error is None else search.meet_error(outcome.max_error)
+
+
+def _spent(program: Program, mask: Mask, first: int, end: int) -> float:
+    """What a mask spends in some steps, as a share of these in full."""
+    plan = rectify(program, mask)
+    return min(1.0, sum(plan.macs_per_step[first:end]) / ((end - first) * plan.full_macs))
+
+
+def joined(masks: Sequence[Mask], parts: Sequence[tuple[int, int]], program: Program) -> Mask:
+    """One mask of those of parts of a run, each of which reads that part alone.
+
+    Args:
+        masks: of the parts, without lanes.
+        parts: first step and end of each.
+        program: that all are of.
+
+    Raises:
+        MaskError: blocks of two of them cannot be in one mask.
+    """
+    listed = set().union(*(mask.blocks for mask in masks))
+    names = tuple(block.name for block in program.blocks if block.name in listed)
+    rows = torch.ones(parts[-1][1], len(names), dtype=torch.bool)
+    terms: dict[tuple[Any, ...], Any] = {}
+    for mask, (first, end) in zip(masks, parts, strict=True):
+        if mask.lanes:
+            raise InputError("masks with rows for each lane are not put together where the form of calls changes midway")
+        for k, name in enumerate(mask.blocks):
+            rows[first:end, names.index(name)] = mask.compute[:, k]
+        own = mask.forecast.terms if mask.forecast else {}
+        for (step, name), pairs in own.items():
+            terms[first + step, name] = tuple((_moved(source, first), c) for source, c in pairs)
+    timesteps = tuple(t for mask in masks for t in mask.timesteps)
+    return Mask(rows, timesteps, names, Forecast(terms) if terms else None, program.fingerprint, None)
+
+
+def _moved(source: Source, steps: int) -> Source:
+    """What a forecast reads, so many steps later."""
+    return source + steps if isinstance(source, int) else (source[0], source[1] + steps)
+
+
+def _numbered(checkpoint: str | Path | None, part: int | None) -> Path | None:
+    """A file for each part of a run."""
+    if checkpoint is None or part is None:
+        return None if checkpoint is None else Path(checkpoint)
+    return Path(checkpoint).with_suffix(f".{part}.json")
 
 
 def journal_in(folder: str | Path | None, component: str | None, setting: Setting) -> Path | None:

@@ -11,6 +11,7 @@ from test_settings import accelerated, images, small
 
 import fxmask
 from fxmask.learning.instant.parts import PartsLearner, RunPart, learner_of, parts_of
+from fxmask.settings import better as better_module
 from fxmask.settings.pipeline import session_of
 
 pytest.importorskip("diffusers")
@@ -232,3 +233,37 @@ def test_a_call_that_leaves_layers_out_has_the_plan_too() -> None:
     assert bool(made.isfinite().all())
     forms = pipe.transformer.programs
     assert {len(program.blocks) for program in forms} == {len(pipe.transformer.blocks), len(pipe.transformer.blocks) - 4}
+
+
+def learned(pipe: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> fxmask.Mask:
+    """The mask that further calls of the denoiser find where the form of calls changes, whether or not it is better."""
+    found = []
+
+    def spied(program: Any, mask: Any, judges: Any, real: Any = better_module.decibels_on) -> torch.Tensor:
+        found.append((mask, real(program, mask, judges)))
+        return found[-1][1]
+
+    monkeypatch.setattr(better_module, "decibels_on", spied)
+    accelerated(pipe, example_calls=[call], effort="quick", speedup=1.5)
+    (mask, ours), (_, theirs) = found
+    assert ours.isfinite().all()
+    assert float(ours.mean()) < float(theirs.mean()) + 20, "it is no plan of another run"
+    return mask
+
+
+@pytest.mark.parametrize(("build", "stop"), [(wan, guided_until), (small, halved_after)])
+def test_more_effort_learns_where_guidance_stops_midway(build: Any, stop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = build()
+    inputs = {} if hasattr(pipe, "transformer") else {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    call = {**call, "callback_on_step_end": stop(3), "num_inference_steps": STEPS, **inputs}
+    mask = learned(pipe, call, monkeypatch)
+    known = next(iter(session_of(pipe).settings.values()))
+    assert mask.num_steps == STEPS
+    assert mask.compute[3].all(), "where the form changes nothing can be formed"
+    assert not mask.compute[1:3].all()
+    assert not mask.compute[4:].all()
+    plan = fxmask.rectify(session_of(pipe).program, mask)
+    assert all(slot.step >= 3 for step in plan.steps[4:] for load in step.load for slot in load.slots)
+    assert plan.mac_ratio >= 0.97 * known.variants.plan.mac_ratio
+    assert images(pipe, call, 9).isfinite().all()
+    assert session_of(pipe).account().images == 1
