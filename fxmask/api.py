@@ -363,8 +363,8 @@ def learn(
         max_learning_bytes: how much memory learning may take besides model and recorded runs; half of what is free where the
             model is, if not given. The mask is the same, up to rounding; with less memory more is computed again.
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
-        learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939, which takes neither ``effort`` nor
-            ``checkpoint`` and learns from the first recorded run.
+        learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939: passes over the steps with fresh noise and
+            the recorded runs' conditioning, 200 of them or 40 with ``effort="quick"``.
         effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25), ``"quick"`` (18),
             or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions; where the sampler
             injects noise, six calls on the recorded images tell whether reused branches or a stage serve better).
@@ -393,10 +393,9 @@ def learn(
         return _fit_at_once(program, trajectories, outcome, limits, cost, backend)[0]
     room = _room(max_learning_bytes, program)
     if learner == "paper":
-        refused = {"cost": cost != "macs", "effort": effort != "default", "checkpoint": checkpoint is not None}
-        named = [name for name, given in refused.items() if given]
-        if named:
-            raise InputError(f"learner='paper' counts MACs, has one effort and keeps no checkpoint; leave out {named}")
+        _check_choice("effort", effort, tuple(EFFORTS))
+        if cost != "macs":
+            raise InputError(f"learner='paper' counts MACs; leave out cost={cost!r}")
     elif options is not None:
         raise InputError("options= are those of learner='paper'; leave them out, or choose that learner")
     with exact():
@@ -404,7 +403,16 @@ def learn(
         if learner == "paper":
             options = options or PaperOptions()
             return learn_paper(
-                learned, trajectories, outcome, limits=limits, seed=seed, progress=progress, options=options, deployed=deployed
+                learned,
+                trajectories,
+                outcome,
+                limits=limits,
+                seed=seed,
+                progress=progress,
+                options=options,
+                effort=effort,
+                checkpoint=checkpoint,
+                deployed=deployed,
             )
         search = Search(
             learned,
@@ -667,7 +675,7 @@ def _other_timesteps(saved: Sequence[float], now: Sequence[float]) -> str:
 def _refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, Any], program: Program) -> None:
     if mask.fingerprint is not None and program.fits(mask.fingerprint):
         return
-    names = {b.name for b in program.blocks}
+    names = {b.name for b in program.all_blocks}
     missing = [name for name in mask.blocks if name not in names]
     raise MaskError(
         f"the plan in {folder} was made for another model: {facts['model']} with fingerprint {mask.fingerprint}, this "

@@ -15,7 +15,7 @@ from fxmask.ir.macs import count_attention_macs, count_macs
 from fxmask.ir.outputs import OutputSpec
 from fxmask.ir.program import Program
 from fxmask.passes.choose_layouts import choose_layouts
-from fxmask.passes.find_blocks import find_blocks
+from fxmask.passes.find_blocks import describe_streams, find_blocks
 
 UNVERIFIED = "torch.export (fake tensors, not verified)"
 
@@ -44,6 +44,7 @@ def assemble_program(
         outputs=outputs,
         roles={name: role_of(name, signature, roles) for name in inputs},
         blocks=blocks,
+        streams=describe_streams(module.graph, blocks, bound.batch_size),
         macs=sum(count_macs(node) for node in module.graph.nodes),
         attention_macs=sum(count_attention_macs(node) for node in module.graph.nodes),
         model=model,
