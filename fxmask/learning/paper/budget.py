@@ -155,7 +155,7 @@ class StreamBudget:
 
     def _nearest(self, rank: torch.Tensor, budget: float) -> Plan:
         """Of all thresholds on the rank the one whose plan comes nearest, by bisection."""
-        levels = rank[1:, ~self._held].double().unique()
+        levels = torch.tensor(sorted(set(rank[1:, ~self._held].double().flatten().tolist())), dtype=torch.float64)
         low, high = 0, len(levels)
         best: Plan | None = None
         while low <= high:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -53,8 +54,8 @@ class State:
         """Random samples in [0, 1] (the paper's Table 4)."""
         scores = torch.rand(steps, blocks, generator=torch.Generator().manual_seed(seed))
         scores[0] = 1.0
-        zeros = [torch.zeros(steps, blocks) for _ in range(3)]
-        return cls(scores, *zeros, torch.zeros(steps, dtype=torch.float64), strength=strength)
+        pull, first, second = (torch.zeros(steps, blocks) for _ in range(3))
+        return cls(scores, pull, first, second, torch.zeros(steps, dtype=torch.float64), strength=strength)
 
     def descend(self, gradient: torch.Tensor, rate: float) -> None:
         """One step of Adam (Kingma and Ba, 2015) on the scores, kept in [0, 1]."""
@@ -103,7 +104,8 @@ class State:
                     "differ); delete it, or give another file"
                 )
             noise.set_state(tensors.pop("noise"))
-            state = State(**tensors, **json.loads(about["facts"]))
+            known: dict[str, Any] = {**tensors, **json.loads(about["facts"])}
+            state = State(**known)
             state._mask = state.scores > 0.5
             if state.scores.shape != self.scores.shape:
                 raise ValueError(f"its scores are {list(state.scores.shape)}, not {list(self.scores.shape)}")
