@@ -41,7 +41,7 @@ def run(program: Program, mask: Mask, calls: _Recorded | Steps) -> list[Any]:
 
     Args:
         program: the captured denoiser; the calls must have the shapes that it was captured with.
-        mask: ``[T, B]``.
+        mask: ``[T, B]``, or ``[T, L, B]`` with a row for each of a step's calls.
         calls: a trajectory, or T steps, each a dict of the denoiser's arguments or a list of them, one per lane.
 
     Returns:
@@ -53,12 +53,41 @@ def run(program: Program, mask: Mask, calls: _Recorded | Steps) -> list[Any]:
     steps = steps_of(calls)
     if len(steps) != mask.num_steps:
         raise MaskError(f"the mask has {mask.num_steps} steps, but {len(steps)} calls were given; one per step is needed")
-    caches: dict[int, Cache] = {}
     results: list[Any] = []
+    runner = Runner(program, mask)
     for i, step in enumerate(steps):
-        outputs = [run_step(program, mask, i, call, caches.setdefault(k, {})) for k, call in enumerate(step)]
+        outputs = [runner.call(i, k, call) for k, call in enumerate(step)]
         results.append(outputs[0] if len(outputs) == 1 else outputs)
     return results
+
+
+class Runner:
+    """Calls of a masked program, each given with its step and which of the step's calls it is.
+
+    Args:
+        program: the captured denoiser.
+        mask: ``[T, B]``, where every lane has a cache of its own, or ``[T, L, B]``, where all have one.
+    """
+
+    def __init__(self, program: Program, mask: Mask) -> None:
+        self._program, self._mask, self._calls = program, mask, mask.by_call
+        self._caches: dict[int, Cache] = {}
+        self._first = {step: row for row, (step, _) in reversed(list(enumerate(mask.order)))}
+
+    def call(self, step: int, number: int, call: Mapping[str, Any]) -> Any:
+        """One call, in order.
+
+        Raises:
+            MaskError: the step has more calls than the mask has lanes.
+        """
+        if not self._mask.lanes:
+            return run_step(self._program, self._mask, step, call, self._caches.setdefault(number, {}))
+        row = self._first[step] + number
+        if row >= self._first.get(step + 1, len(self._mask.order)):
+            raise MaskError(
+                f"step {step} makes call {number + 1}, but the mask has {len(self._mask.lanes)} lanes there at most"
+            )
+        return run_step(self._program, self._calls, row, call, self._caches.setdefault(0, {}))
 
 
 def rollout(program: Program, mask: Mask, trajectory: _Recorded) -> torch.Tensor:
@@ -72,12 +101,10 @@ def rollout(program: Program, mask: Mask, trajectory: _Recorded) -> torch.Tensor
     """
     if len(trajectory.calls) != mask.num_steps:
         raise MaskError(f"the mask has {mask.num_steps} steps, the trajectory {len(trajectory.calls)}; record one of as many")
-    order = iter(trajectory.order)
-    caches: dict[int, Cache] = {}
+    order, runner = iter(trajectory.order), Runner(program, mask)
 
     def denoiser(**call: Any) -> Any:
-        step, lane = next(order)
-        return run_step(program, mask, step, call, caches.setdefault(lane, {}))
+        return runner.call(*next(order), call)
 
     return trajectory.rollout(denoiser)
 
@@ -91,7 +118,7 @@ def steps_of(calls: _Recorded | Steps) -> list[list[Mapping[str, Any]]]:
 
 @torch.no_grad()
 def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], cache: Cache) -> Any:
-    """One call of the masked program. Reads and writes ``cache``; returns the model's own return type."""
+    """One call of a program masked without lanes. Reads and writes ``cache``; returns the model's own return type."""
     bound = program.signature.bind((), dict(call))
     program.require_assumed(bound, f"step {step}")
     cut = {

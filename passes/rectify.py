@@ -1,4 +1,4 @@
-"""Rectify a mask: backward liveness over (step, block) on the real graph.
+"""Rectify a mask: backward liveness over (step, block), or (step, lane, block), on the real graph.
 
     live(step i) = what the outputs of step i, and the values that later steps read from step i, are computed from,
                    walking backwards and stopping at every cut value that step i loads.
@@ -7,6 +7,8 @@ A loaded cut value makes (source step, block) a read of that earlier step; a com
 and is turned off. This is exact on any graph. On a chain of blocks whose cached value is the whole stream it is the
 paper's Eq. 12 (arXiv 2603.19939): drop ``m[t, b]`` when the next block loads and ``b`` itself recomputes at the next
 step.
+
+With lanes every call is a step of its own here (``Mask.by_call``), whichever lane it is of: one cache is for all of them.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def rectify(program: Program, mask: Mask, *, start: int = 0) -> Plan:
     Args:
         program: the captured denoiser.
         mask: which block computes at which step. Blocks of the program that it does not list always compute.
-        start: first step that runs; loads that would read from before it become computes.
+        start: first step that runs; loads that would read from before it become computes. Of a mask with lanes the first
+            call, counted over all lanes.
 
     Returns:
         The plan. ``rectify(program, plan.mask, start)`` returns the same plan.
@@ -57,13 +60,13 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
     if not isinstance(mask, Mask):
         hint = "; a plan is rectified already" if isinstance(mask, Plan) else ""
         raise MaskError(f"mask must be a fxmask.Mask, got {type(mask).__name__}{hint}; call fxmask.rectify(program, mask)")
+    given, mask = mask, mask.by_call
     blocks = _listed_blocks(program, mask)
     _check_sources_are_listed(program, mask)
     if not 0 <= start < mask.num_steps:
         raise MaskError(f"start={start} is not a step of this mask, which has {mask.num_steps}")
-    if mask.fingerprint is not None:
-        mask = replace(mask, fingerprint=program.fingerprint)  # of an older version it may have been
-    source = mask
+    if mask.fingerprint is not None:  # of an older version it may have been
+        mask, given = (replace(x, fingerprint=program.fingerprint) for x in (mask, given))
     if start:
         mask = mask.starting_at(start)
     cut = _cut_values(program, blocks)
@@ -76,7 +79,7 @@ def _plan(program: Program, mask: Mask, start: int, keep: bool) -> Plan:
         for load in rows[step].formed:
             for slot in load.slots:
                 reads[slot.step][slot.block, slot.value] = None
-    return _assemble(program, mask, source, start, rows, reads)
+    return _assemble(program, mask, given, start, rows, reads)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _check_sources_are_listed(program: Program, mask: Mask) -> None:
     known = {block.name for block in program.blocks}
     for (step, name), terms in (mask.forecast.terms if mask.forecast else {}).items():
         for source, _ in terms:
-            other, at = source if isinstance(source, tuple) else (name, source)
+            other, at = (source[0], source[1]) if isinstance(source, tuple) else (name, source)
             if other == INPUT and program.example.is_list:
                 raise MaskError(f"forecast of block {name!r} at step {step} reads the sample, which is a list of tensors")
             if other != INPUT and other not in mask.blocks:
@@ -209,7 +212,8 @@ def _assemble(
         graph = graphs.setdefault(row.shape, len(graphs))
         steps.append(StepPlan(row.compute, row.load, store, live_out, drop, graph, row.macs, row.blend))
     total = sum(count_macs(node) for node in program.graph_module.graph.nodes)
-    return Plan(_rectified(mask, rows, start), tuple(steps), start, total, peak, program.fingerprint, source)
+    rectified = source.folded(_rectified(mask, rows, start))
+    return Plan(rectified, tuple(steps), start, total, peak, program.fingerprint, source)
 
 
 def _shared_live_outs(

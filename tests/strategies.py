@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class Choice:
             arbitrary values of the graph: nested, integer, views, several to a block.
         forecasts: whether some loads are linear combinations.
         lanes: denoiser calls per step, where the denoiser can tell them apart.
+        own_rows: whether the lanes have rows of their own in the mask, and some steps leave one out.
         smooth: a differentiable denoiser in double precision.
     """
 
@@ -49,6 +51,7 @@ class Choice:
     forecasts: bool = True
     lanes: int = 1
     smooth: bool = False
+    own_rows: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,30 @@ class Pair:
 
     def calls(self) -> Calls:
         """Fresh tensors every time: nobody can change what another run is given."""
-        return self.denoiser.make_calls(self.mask.num_steps, self.lanes)
+        made = self.denoiser.make_calls(self.mask.num_steps, self.lanes)
+        if not self.mask.lanes:
+            return made
+        return [[call for lane, call in enumerate(step) if (i, lane) in self.mask.order] for i, step in enumerate(made)]
+
+    def turns(self) -> list[tuple[int, int, dict[str, Any]]]:
+        """(row of the plan, number of the cache, call) of all calls, in order."""
+        if self.mask.lanes:
+            return [(row, 0, call) for row, call in enumerate(call for step in self.calls() for call in step)]
+        return [(i, lane, call) for i, step in enumerate(self.calls()) for lane, call in enumerate(step)]
+
+    def run(self, accelerated: Any, start: int = 0) -> list[Any]:
+        """Results per step of an accelerated model: one, or one per call. Lanes with rows of their own are named."""
+        results = []
+        for i, step in enumerate(self.calls()[start:], start):
+            names = (
+                [self.mask.lanes[lane] for at, lane in self.mask.order if at == i] if self.mask.lanes else [None] * len(step)
+            )
+            outputs = []
+            for name, call in zip(names, step, strict=True):
+                with contextlib.nullcontext() if name is None else accelerated.cache_context(name):
+                    outputs.append(accelerated(**call))
+            results.append(outputs[0] if len(outputs) == 1 else outputs)
+        return results
 
     def tensors(self, call: dict[str, Any]) -> list[torch.Tensor]:
         """The inputs of the program's graph."""
@@ -82,7 +108,8 @@ class Pair:
             f"calls = make_calls({self.mask.num_steps}, {self.lanes})\n"
             "program = fxmask.capture(Denoiser().eval(), calls[0][0], ROLES)\n"
             f"program = dataclasses.replace(program, blocks=(\n{blocks}))\n"
-            f"mask = fxmask.Mask(torch.tensor({rows}), {self.mask.timesteps}, {self.mask.blocks}, fxmask.Forecast({terms}))\n"
+            f"mask = fxmask.Mask(torch.tensor({rows}), {self.mask.timesteps}, {self.mask.blocks}, fxmask.Forecast({terms}), "
+            f"lanes={self.mask.lanes}, called={None if self.mask.called is None else self.mask.called.tolist()})\n"
             "expected = fxmask.reference.run(program, mask, calls)\n"
             'accelerated = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")\n'
             "with accelerated.generation():\n"
@@ -100,6 +127,8 @@ def make_pair(choice: Choice) -> Pair:
     program = replace(made.program, blocks=blocks)
     listed = [block for block in blocks if rng.random() < 0.9]
     names = tuple(block.name for block in listed)
+    if choice.own_rows and made.lanes and choice.lanes > 1:
+        return Pair(choice, made, program, _mask_of_lanes(program, choice, made.timesteps(choice.steps), names, rng))
     compute = random_rows(choice.steps, len(names), rng)
     forecast = random_forecast(program, compute, names, rng) if choice.forecasts else None
     mask = fxmask.Mask(compute, made.timesteps(choice.steps), names, forecast, program.fingerprint)
@@ -141,6 +170,28 @@ def random_rows(steps: int, blocks: int, rng: random.Random) -> torch.Tensor:
         interval = rng.randint(2, 4) if rng.random() < 0.2 else 0
         columns.append([i == 0 or (i % interval == 0 if interval else rng.random() < density) for i in range(steps)])
     return torch.tensor(columns, dtype=torch.bool).reshape(blocks, steps).T
+
+
+def _mask_of_lanes(
+    program: fxmask.Program, choice: Choice, timesteps: Sequence[float], names: tuple[str, ...], rng: random.Random
+) -> fxmask.Mask:
+    """A mask with rows for each lane, whose forecasts read any call before."""
+    lanes = tuple("abc"[: choice.lanes])
+    called = torch.ones(choice.steps, len(lanes), dtype=torch.bool)
+    if rng.random() < 0.3:
+        called[rng.randrange(choice.steps) :, rng.randrange(len(lanes))] = False  # guidance that stops midway
+    ones = torch.ones(choice.steps, len(lanes), len(names), dtype=torch.bool)
+    every = fxmask.Mask(ones, tuple(timesteps), names, None, program.fingerprint, lanes=lanes, called=called)
+    compute = random_rows(len(every.order), len(names), rng)
+    forecast = random_forecast(program, compute, names, rng) if choice.forecasts else None
+    terms = dict(forecast.terms) if forecast else {}
+    for b, name in enumerate(names):
+        for row, (_, lane) in enumerate(every.order):
+            if not compute[row, b] and (row, name) not in terms:
+                before = [at for at in range(row) if compute[at, b]]
+                terms[row, name] = ((([at for at in before if every.order[at][1] == lane] or before)[-1], 1.0),)
+    rows = fxmask.Mask(compute, every.by_call.timesteps, names, fxmask.Forecast(terms) if terms else None, program.fingerprint)
+    return every.folded(rows)
 
 
 def random_forecast(
@@ -192,7 +243,8 @@ def choices(
         blocks=st.integers(1, 7),
         cuts=st.sampled_from(list(cuts)),
         forecasts=st.sampled_from(list(forecasts)),
-        lanes=st.integers(1, 2),
+        lanes=st.integers(1, 3),
+        own_rows=st.booleans(),
     )
 
 

@@ -38,7 +38,7 @@ def explain_step(plan: Plan, step: int, program: Program) -> str:
     names = {node.name for node in live}
     total = len(program.graph_module.graph.nodes)
     lines = [
-        f"step {step} (timestep {plan.mask.timesteps[step]:g}), step graph {row.graph}: {len(live)} of {total} nodes, "
+        f"{_name(plan, step)} (timestep {plan.timesteps[step]:g}), step graph {row.graph}: {len(live)} of {total} nodes, "
         f"{human_count(row.macs)}MACs of {human_count(plan.full_macs)} ({row.macs / max(1, plan.full_macs):.0%})",
         f"runs as steps {[i for i, other in enumerate(plan.steps) if other.graph == row.graph]}",
     ]
@@ -46,7 +46,7 @@ def explain_step(plan: Plan, step: int, program: Program) -> str:
     for block in program.blocks:
         lines.append(f"{block.name:<{width}}  {_what(plan, step, program, block.name, names, given)}")
     if row.drop:
-        lines.append(f"afterwards dropped: {', '.join(f'{x.block}[{x.value}] of step {x.step}' for x in row.drop)}")
+        lines.append(f"afterwards dropped: {', '.join(f'{x.block}[{x.value}] of {_name(plan, x.step)}' for x in row.drop)}")
     return "\n".join(lines)
 
 
@@ -54,22 +54,34 @@ def _what(plan: Plan, step: int, program: Program, block: str, live: set[str], g
     row = plan.steps[step]
     for load in row.load:
         if load.block == block:
-            return f"reused: the value of step {load.terms[0][0].step}" if load.plain else f"forecast: {_terms(load)}"
+            return (
+                f"reused: the value of {_name(plan, load.terms[0][0].step)}"
+                if load.plain
+                else f"forecast: {_terms(plan, load)}"
+            )
     values = program.block(block).values
     if not live.issuperset(values):
         return f"dead: {_why(program, values[0], live, given)}"
-    blend = next((f", blended: {_terms(x)}" for x in row.blend if x.block == block), "")
+    blend = next((f", blended: {_terms(plan, x)}" for x in row.blend if x.block == block), "")
     readers = [
         i for i, other in enumerate(plan.steps) if (block, step) in {(s.block, s.step) for x in other.formed for s in x.slots}
     ]
     return "computed" + blend + (f", stored for steps {readers}" if readers else "")
 
 
-def _terms(load: Load) -> str:
+def _name(plan: Plan, call: int) -> str:
+    """``step 3``, or ``call 7 (step 3 of lane 'cond')``."""
+    if not plan.mask.lanes:
+        return f"step {call}"
+    step, lane = plan.mask.order[call]
+    return f"call {call} (step {step} of lane {plan.mask.lanes[lane]!r})"
+
+
+def _terms(plan: Plan, load: Load) -> str:
     parts = []
     for slot, c in load.terms:
         what = "the sample" if slot.block == INPUT else "it" if slot.block == load.block else slot.block
-        when = "now" if slot.step == load.step else f"of step {slot.step}"
+        when = "now" if slot.step == load.step else f"of {_name(plan, slot.step)}"
         parts.append(f"{c:+.4g} x {what} {when}")
     return " ".join(parts)
 

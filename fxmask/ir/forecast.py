@@ -16,8 +16,8 @@ INPUT = "input"
 """Name under which a forecast may read the sample that a step is called with; see ``Program.input_block``."""
 
 
-Source = int | tuple[str, int]
-"""What a forecast reads: an earlier step's value of the block itself, or (another block, step)."""
+Source = int | tuple[str, int] | tuple[str, int, str]
+"""What a forecast reads: an earlier step's value of the block itself, (another block, step), or (a block, step, lane)."""
 
 
 Term = tuple[Source, float]
@@ -45,24 +45,29 @@ class Forecast:
     Where the mask computes ``b`` at step ``i``, an entry is a *blend*: one of its sources must be ``i``, the value that
     ``b`` has just been computed to be, and the sum takes its place (and is what is stored).
 
+    In a mask with lanes the key may be ``(step, lane, block)``, by the lane's name or number, and a source
+    ``(block, step, lane)`` reads another lane, of the same step too where that lane is called before. What names no lane is of
+    its own.
+
     Attributes:
         terms: ``{(step, block name): ((source, coefficient), ...)}``.
     """
 
-    terms: Mapping[tuple[int, str], tuple[Term, ...]] = field(default_factory=dict)
+    terms: Mapping[tuple[Any, ...], tuple[Term, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        clean: dict[tuple[int, str], tuple[Term, ...]] = {}
-        for (step, block), terms in self.terms.items():
+        clean: dict[tuple[Any, ...], tuple[Term, ...]] = {}
+        for (step, *lane, block), terms in self.terms.items():
             pairs = terms.items() if isinstance(terms, Mapping) else terms
-            clean[int(step), str(block)] = tuple((clean_source(source, str(block)), float(c)) for source, c in pairs)
-            sources = [source for source, _ in clean[int(step), str(block)]]
+            key = (int(step), *lane, str(block))
+            clean[key] = tuple((clean_source(source, str(block)), float(c)) for source, c in pairs)
+            sources = [source for source, _ in clean[key]]
             if not sources or len(set(sources)) != len(sources):
                 raise MaskError(
                     f"forecast of block {block!r} at step {step}: sources {sources} are empty or repeated; "
                     "give each source step once"
                 )
-            if not all(math.isfinite(c) for _, c in clean[int(step), str(block)]):
+            if not all(math.isfinite(c) for _, c in clean[key]):
                 raise MaskError(f"forecast of block {block!r} at step {step}: a coefficient is no finite number")
         object.__setattr__(self, "terms", MappingProxyType(clean))
 
@@ -78,13 +83,15 @@ def clean_source(source: Any, block: str) -> Source:
     """A source in its one form: the step alone for the block itself, else (block, step), which JSON turns into a list."""
     if not isinstance(source, (tuple, list)):
         return int(source)
-    other, step = source
+    other, step, *lane = source
+    if lane:
+        return str(other), int(step), lane[0]
     return int(step) if other == block else (str(other), int(step))
 
 
 def slot_of(source: Source, block: str, value: int) -> Slot:
     """The cached tensor that a source stands for, in the forecast of a cut value of ``block``."""
-    other, step = source if isinstance(source, tuple) else (block, source)
+    other, step = (source[0], source[1]) if isinstance(source, tuple) else (block, source)
     return Slot(other, 0 if other == INPUT else value, step)
 
 

@@ -54,10 +54,12 @@ class Plan:
 
     Attributes:
         mask: the mask with every dead compute turned off.
-        steps: one ``StepPlan`` per step.
+        steps: one ``StepPlan`` per step; of a mask with lanes one per call, in the order of ``mask.order``. Steps of slots
+            and loads count like them.
         start: the first step that runs; 0 unless made for a run that begins in the middle.
         full_macs: MACs of one unmasked step.
-        peak_cache_bytes: largest number of bytes cached at once, per lane, at the captured batch size.
+        peak_cache_bytes: largest number of bytes cached at once, at the captured batch size: per lane, or of all lanes
+            together if these have rows of their own.
         fingerprint: fingerprint of the program.
         source: the mask as it was given; a run that starts elsewhere is rectified from it again.
     """
@@ -71,8 +73,13 @@ class Plan:
     source: Mask = field(compare=False, repr=False)
 
     @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The timestep of each of ``steps``."""
+        return tuple(self.mask.timesteps[step] for step, _ in self.mask.order)
+
+    @property
     def macs_per_step(self) -> tuple[int, ...]:
-        """MACs of each step that runs."""
+        """MACs of each step that runs; with lanes, of each call."""
         return tuple(step.macs for step in self.steps[self.start :])
 
     @property
@@ -97,6 +104,10 @@ class Plan:
 
     def explain(self, step: int, program: Program) -> str:
         """What a step does with every block, and why: computed, loaded or forecast from where, stored, dead.
+
+        Args:
+            step: from 0; of a mask with lanes the call, counted over all lanes.
+            program: the captured denoiser.
 
         Raises:
             InputError: the plan has no such step, or is of another program.

@@ -14,24 +14,42 @@ ROWS = 40  # lines that a table has at most
 COLUMNS = 100  # steps that a row shows at most; beyond this several share a character
 LABEL = 44  # characters of a name
 COMPUTED, LOADED, FORMED, SOME = "#", ".", "+", "-"  # SOME: a character for several steps, of which a part computes
+REUSED, FORECAST, BLENDED, FULL, ABSENT = range(5)
+STATES = ("reused", "forecast", "computed and blended", "computed", "not called")
+LETTERS = (LOADED, FORMED, FORMED, COMPUTED, " ")
+
+
+def columns_of(mask: Mask) -> list[tuple[str, list[int]]]:
+    """What each step does with each block: name, and T indices into ``STATES``. Lanes with rows of their own are named."""
+    formed = mask.forecast.terms if mask.forecast else {}
+    found = []
+    for b, block in enumerate(mask.blocks):
+        for number, lane in enumerate(mask.lanes or ("",)):
+            states = []
+            for step in range(mask.num_steps):
+                on = bool(mask.compute[step, number, b] if lane else mask.compute[step, b])
+                named = ((step, lane, block) if lane else (step, block)) in formed
+                state = (BLENDED if on else FORECAST) if named else FULL if on else REUSED
+                states.append(state if mask.call_of(step, number) is not None else ABSENT)
+            found.append((f"{block} [{lane}]" if lane else block, states))
+    return found
 
 
 def mask_text(mask: Mask) -> str:
     """A row for every block (blocks with equal rows share one), a character for every step."""
     steps, blocks = mask.num_steps, len(mask.blocks)
     formed = mask.forecast.terms if mask.forecast else {}
-    share = float(mask.compute.double().mean()) if blocks else 1.0
+    share = float(mask.by_call.compute.double().mean()) if blocks else 1.0
+    lanes = f" and lanes {', '.join(mask.lanes)} with rows of their own" if mask.lanes else ""
     lines = [
-        f"Mask: {steps} steps, {blocks} blocks, {share:.0%} computed, {len(formed)} forecasts, "
+        f"Mask: {steps} steps, {blocks} blocks{lanes}, {share:.0%} computed, {len(formed)} forecasts, "
         f"timesteps {mask.timesteps[0]:g} to {mask.timesteps[-1]:g}",
         f"({COMPUTED} computed, {LOADED} reused, {FORMED} forecast or blended"
         + (f", {SOME} some of {-(-steps // COLUMNS)} steps computed)" if steps > COLUMNS else ")"),
     ]
     groups: dict[str, list[str]] = {}
-    for b, name in enumerate(mask.blocks):
-        column = mask.compute[:, b].tolist()
-        row = [FORMED if (i, name) in formed else COMPUTED if on else LOADED for i, on in enumerate(column)]
-        groups.setdefault(_squeezed(row), []).append(name)
+    for name, states in columns_of(mask):
+        groups.setdefault(_squeezed([LETTERS[state] for state in states]), []).append(name)
     shown = list(groups.items())
     for pattern, names in shown[:ROWS]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -42,11 +60,12 @@ def mask_text(mask: Mask) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """The savings, then what each step does; neighbouring steps that run one graph share a line."""
+    """The savings, then what each step does; neighbouring steps that run one graph share a line. With lanes, each call."""
+    lanes = plan.mask.lanes
     lines = [
         f"Plan: {plan.mask.num_steps} steps, {plan.mac_ratio:.2f}x fewer MACs, {plan.distinct_graphs} step graphs, "
-        f"peak cache {plan.peak_cache_bytes / 2**20:.2f} MiB per lane",
-        f"{'steps':<9} {'graph':>5} {'MACs':>6} {'computes':>9} {'loads':>6} {'forecasts':>10} {'stores':>7}",
+        f"peak cache {plan.peak_cache_bytes / 2**20:.2f} MiB {'for all lanes' if lanes else 'per lane'}",
+        f"{'calls' if lanes else 'steps':<9} {'graph':>5} {'MACs':>6} {'computes':>9} {'loads':>6} {'forecasts':>10} {'stores':>7}",
     ]
     runs: list[list[int]] = []
     for i in range(plan.start, len(plan.steps)):
@@ -78,16 +97,15 @@ def as_html(text: str) -> str:
 def mask_html(mask: Mask) -> str:
     """A heat map: a row for every block, a column for every step, dark where it is computed."""
     size = max(2, min(12, 900 // max(1, mask.num_steps)))
-    formed = mask.forecast.terms if mask.forecast else {}
-    cells = []
-    for b, name in enumerate(mask.blocks):
-        for i, on in enumerate(mask.compute[:, b].tolist()):
-            colour = "#9ecae1" if (i, name) in formed else "#08519c" if on else "#eff3ff"
+    columns, cells = columns_of(mask), []
+    for b, (name, states) in enumerate(columns):
+        for i, state in enumerate(states):
+            colour = ("#eff3ff", "#9ecae1", "#9ecae1", "#08519c", "#ffffff")[state]
             cells.append(
                 f"<rect x='{i * size}' y='{b * size}' width='{size}' height='{size}' fill='{colour}'>"
                 f"<title>step {i}, {html.escape(name)}</title></rect>"
             )
-    width, height = mask.num_steps * size, len(mask.blocks) * size
+    width, height = mask.num_steps * size, len(columns) * size
     title = html.escape(repr(mask))
     return f"<div>{title}<br><svg width='{width}' height='{height}'>{''.join(cells)}</svg></div>"
 

@@ -11,12 +11,12 @@ import torch
 
 from fxmask.errors import InputError
 from fxmask.ir.mask import Mask
+from fxmask.ir.text import ABSENT, BLENDED, FORECAST, STATES, columns_of
+from fxmask.ir.text import FULL as COMPUTED
 from fxmask.pictures.canvas import figure
 
-REUSED, FORECAST, BLENDED, COMPUTED = range(4)
-STATES = ("reused", "forecast", "computed and blended", "computed")
-COLOURS = ("#f7fbff", "#86b4d8", "#4a90c4", "#08306b")  # evenly spaced in lightness, so that a grey print tells them apart
-DOTS = {FORECAST: "#08306b", BLENDED: "#ffffff"}  # colour of the dot in a cell, where cells have room
+COLOURS = ("#f7fbff", "#86b4d8", "#4a90c4", "#08306b", "#dddddd")  # evenly spaced in lightness: a grey print tells them apart
+DOTS = {FORECAST: "#08306b", BLENDED: "#ffffff", ABSENT: "#ffffff"}  # colour of the dot in a cell, where cells have room
 DOTTED_CELLS = 4_000  # a map with more has no dots
 NAMED_ROWS = 60  # a map with more names groups of blocks
 NUMBERED_CELLS = 1_600  # a table of counts with more has no figures in it
@@ -41,7 +41,7 @@ def save_heat_map(mask: Mask, path: str | Path, *, title: str | None = None) -> 
     Raises:
         InputError: the file cannot be written, or matplotlib is not installed.
     """
-    width, height = _size(mask.num_steps, len(mask.blocks))
+    width, height = _size(mask.num_steps, len(columns_of(mask)))
     with figure(path, width + 2.6, height + 1.3) as made:
         axes = made.add_subplot()
         _draw(mask, axes, height)
@@ -75,7 +75,7 @@ def save_counts(mask: Mask, path: str | Path, *, every: int = 5, title: str | No
     if every < 1:
         raise InputError(f"every={every} must be at least 1: so many steps share a column")
     counts = counts_of(mask, every)
-    width, height = _size(2 * counts.shape[1], len(mask.blocks))
+    width, height = _size(2 * counts.shape[1], len(counts))
     with figure(path, width + 3.2, height + 1.2) as made:
         axes = made.add_subplot()
         from matplotlib import colormaps
@@ -84,7 +84,7 @@ def save_counts(mask: Mask, path: str | Path, *, every: int = 5, title: str | No
         levels = colormaps["Blues"].resampled(every + 1)
         norm = BoundaryNorm([k - 0.5 for k in range(every + 2)], every + 1)
         image = axes.imshow(counts.numpy(), aspect="auto", cmap=levels, norm=norm, interpolation="nearest")
-        _name_rows(mask.blocks, axes, height)
+        _name_rows(names_of(mask), axes, height)
         _number_columns(axes, counts.shape[1], every)
         axes.set_xlabel(f"first of {every} steps ({mask.num_steps} in all)")
         axes.set_title(title or f"how often a block computes in {every} steps", fontsize=9)
@@ -96,17 +96,19 @@ def save_counts(mask: Mask, path: str | Path, *, every: int = 5, title: str | No
 
 
 def counts_of(mask: Mask, every: int) -> torch.Tensor:
-    """How often each block computes in every few steps, int64 ``[B, ceil(T / every)]``."""
-    return torch.stack([part.sum(dim=0) for part in torch.split(mask.compute.long(), every)], dim=1)
+    """How often each block computes in every few steps, int64 ``[B, ceil(T / every)]``; with lanes of a mask ``[B * L, ...]``."""
+    computed = (states_of(mask) == COMPUTED) | (states_of(mask) == BLENDED)
+    return torch.stack([part.sum(dim=1) for part in torch.split(computed.long(), every, dim=1)], dim=1)
 
 
 def states_of(mask: Mask) -> torch.Tensor:
-    """What each step does with each block, int64 ``[B, T]``: an index of ``STATES``."""
-    states = torch.where(mask.compute, COMPUTED, REUSED).T.contiguous()
-    row = {name: b for b, name in enumerate(mask.blocks)}
-    for step, name in mask.forecast.terms if mask.forecast else ():
-        states[row[name], step] = BLENDED if states[row[name], step] == COMPUTED else FORECAST
-    return states
+    """What each step does with each block, int64 ``[B, T]``, or ``[B * L, T]``: an index of ``STATES``."""
+    return torch.tensor([states for _, states in columns_of(mask)], dtype=torch.long).reshape(-1, mask.num_steps)
+
+
+def names_of(mask: Mask) -> list[str]:
+    """Of the rows of ``states_of``."""
+    return [name for name, _ in columns_of(mask)]
 
 
 def _size(columns: int, rows: int) -> tuple[float, float]:
@@ -120,12 +122,12 @@ def _draw(mask: Mask, axes: Any, height: float) -> None:
 
     states = states_of(mask)
     colours = ListedColormap(COLOURS)
-    axes.imshow(states.numpy(), aspect="auto", cmap=colours, vmin=-0.5, vmax=3.5, interpolation="nearest")
+    axes.imshow(states.numpy(), aspect="auto", cmap=colours, vmin=-0.5, vmax=len(STATES) - 0.5, interpolation="nearest")
     if states.numel() <= DOTTED_CELLS:
         for state, colour in DOTS.items():
             rows, columns = (states == state).nonzero(as_tuple=True)
             axes.scatter(columns.tolist(), rows.tolist(), s=3.5, c=colour, linewidths=0)
-    _name_rows(mask.blocks, axes, height)
+    _name_rows(names_of(mask), axes, height)
     _number_columns(axes, mask.num_steps, 1)
     axes.set_xlabel(f"step (timesteps {mask.timesteps[0]:g} to {mask.timesteps[-1]:g})")
 

@@ -55,7 +55,7 @@ def _expect(step: int, got: Values, wanted: Values, agrees: Agrees) -> None:
 
 def _at_step(executor: Executor, step: int) -> list[torch.Tensor]:
     """The example's tensors with the timestep of that step."""
-    name, timesteps = executor.program.signature.timestep, executor.plan.mask.timesteps
+    name, timesteps = executor.program.signature.timestep, executor.plan.timesteps
     tensors = executor.program.example.tensors
     return [torch.full_like(x, timesteps[step]) if key == name else x for key, x in tensors.items()]
 

@@ -1,4 +1,10 @@
-"""Generations: one run of the sampling loop each, with a lane for each sequence of calls."""
+"""Generations: one run of the sampling loop each, with a lane for each sequence of calls.
+
+    Generation --> Lane (calls with one conditioning) --> Course (cached values, and the row of the mask that comes next)
+
+Every lane is on a course of its own; lanes that have rows of their own in the mask are on one together, in which the first
+call of a run takes the first lane's rows, and a lane joins in its turn with the sample that the first had.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +37,21 @@ IDLE_CALLS = 64
 
 
 @dataclass
+class Course:
+    """One run through the rows of a mask: of one lane, or of all lanes of a mask that has rows for each."""
+
+    start: int = 0  # the row that it began with
+    next: int | None = None  # the row whose call comes next; None: no caches to go on from
+    cache: Cache = field(default_factory=dict)
+    sample: torch.Tensor | None = None  # of its latest call that began a step
+    taken: set[int] = field(default_factory=set)  # numbers of its lanes
+
+    def stop(self) -> None:
+        """Nothing can go on from it."""
+        self.next, self.cache, self.sample = None, {}, None
+
+
+@dataclass
 class Lane:
     """One sequence of calls with the same conditioning."""
 
@@ -38,9 +59,9 @@ class Lane:
     versions: tuple[int, ...]
     copies: tuple[torch.Tensor, ...]  # to compare with
     variant: Variant
-    executor: Executor  # runs the plan from the step that its run began at
-    position: int | None = None  # the step that the next call is expected to be; None: no caches to go on from
-    cache: Cache = field(default_factory=dict)
+    executor: Executor  # runs the plan from the row that its course began with
+    course: Course = field(default_factory=Course)
+    number: int = 0  # which of the mask's lanes it is
     rows: Rows = ()  # what was computed when its run began
     weights: WeightsState | None = None  # that the rows were computed with
     seen: int = 0  # when it was last called, in calls of its generation
@@ -53,10 +74,20 @@ class Lane:
     name: str | None = None  # that the pipeline calls it by
     doubtful: bool = False  # calls came that could belong to two runs; full graphs until a clear start
 
+    @property
+    def cache(self) -> Cache:
+        """Stored values of its course."""
+        return self.course.cache
+
+    @property
+    def position(self) -> int | None:
+        """The step that its next call is expected to be; ``None`` if there are no caches to go on from."""
+        following = self.course.next
+        return None if following is None else self.variant.mask.step_after(following, self.number)
+
     def forget(self) -> None:
         """Drop the caches: the next call cannot go on from them."""
-        self.position = None
-        self.cache = {}
+        self.course.stop()
         self.rows = ()
         self.steady = None
 
@@ -150,6 +181,8 @@ class Generation:
         if len(found) != 1:
             return None
         lane, given = found[0]
+        if lane.variant.mask.lanes and not self._is_turn(lane, lane.position):
+            return None
         if recording and any(type(x) in TENSORS and x.requires_grad for x in given):
             return None
         step, steady, variant = lane.position, lane.steady, lane.variant
@@ -170,7 +203,9 @@ class Generation:
                 return None
             if value != variant.mask.timesteps[step] and variant.timetable.step_of(value, steady.types, step) != step:
                 return None
-            if lane.executor.needs_timestep(step) or not lane.executor.prologues.is_exact(step, value):
+            row = lane.course.next
+            assert row is not None
+            if lane.executor.needs_timestep(row) or not lane.executor.prologues.is_exact(row, value):
                 program = variant.program
                 place = program.example.sample.device
                 canonical = program.signature.canonical_timestep(timestep, place, program.batch_size)
@@ -193,7 +228,7 @@ class Generation:
         self._latest = None  # a call that is of no lane's run says nothing of the next of one
         tensors = list(bound.tensors.values())
         lane, step, value = self._locate(self._siblings(variant, bound), bound)
-        running = step is not None and step == lane.position
+        running = step is not None and self._is_turn(lane, step)
         if not running:  # not a run in progress: all of the model's state is looked at
             current = self._variants.of(bound)
             if current is not variant:
@@ -212,6 +247,10 @@ class Generation:
         self._count += 1
         self.calls += 1
         again, lane.seen = lane.seen > 0, self._count
+        joins = not running and step is not None and self._join(lane, step, bound.sample)
+        row = None if step is None or running or joins else self._first_row(lane, step)
+        if step is not None and not running and not joins and row is None:
+            step = None  # the mask has no such call
         if step is None:
             self._missed(lane, again, value)
             lane.forget()
@@ -219,10 +258,11 @@ class Generation:
             with variant.graph_mode():
                 return variant.executor(0).run_full(tensors)
         if not running:
-            executor = variant.executor(step)
-            if step != variant.executor(0).plan.start:
-                self._missed(lane, again, value)
-            lane.executor, lane.cache = executor, {}
+            if row is not None:
+                lane.course = Course(row, row, sample=bound.sample, taken={lane.number})
+                if row != variant.executor(0).plan.start:
+                    self._missed(lane, again, value)
+            lane.executor = variant.executor(lane.course.start)
             lane.rows, lane.steady = (), None
             lane.weights = None
             lane.stats = self._variants.history.begin()
@@ -230,38 +270,76 @@ class Generation:
             lane.trial = None if self._variants.findings is None else RunTrial(self._variants.findings)
             lane.stats.checks = lane.checks
         self._latest = lane
-        return self._advance(lane, step, tensors, value, running)
+        return self._advance(lane, step, tensors, value, running or joins)
+
+    def _is_turn(self, lane: Lane, step: int | None) -> bool:
+        """Whether a lane's call at a step goes on from the call before it."""
+        following = lane.course.next
+        return step is not None and following is not None and lane.variant.mask.call_of(step, lane.number) == following
+
+    def _join(self, lane: Lane, step: int, sample: torch.Tensor) -> bool:
+        """Take a lane into a course in which the next call is another lane's first one, with this sample."""
+        mask = lane.variant.mask
+        if not mask.lanes:
+            return False
+        for course in dict.fromkeys(id(x.course) for x in reversed(self._lanes)):
+            found = next(x.course for x in self._lanes if id(x.course) == course)
+            at = None if found.next is None or found.next >= len(mask.order) else mask.order[found.next]
+            if at is None or at[0] != step or at[1] in found.taken or found.sample is None:
+                continue
+            named = lane.name in mask.lanes
+            if mask.lanes[at[1]] != lane.name if named else not self._is_same_sample(sample, found.sample):
+                continue
+            lane.course, lane.number = found, at[1]
+            found.taken.add(at[1])
+            return True
+        return False
+
+    def _is_same_sample(self, sample: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two calls of one step are of one image. Waits for the device where memory does not tell, once per run."""
+        if sample is other or is_same_memory(sample, other):
+            return True
+        return sample.shape == other.shape and sample.dtype == other.dtype and bool(torch.equal(sample, other))
+
+    def _first_row(self, lane: Lane, step: int) -> int | None:
+        """The row of the mask that a run begins with which has nothing to go on from; ``None`` if there is none."""
+        mask = lane.variant.mask
+        lane.number = mask.lanes.index(lane.name) if lane.name in mask.lanes else 0
+        return mask.call_of(step, lane.number)
 
     def _advance(
         self, lane: Lane, step: int, tensors: list[torch.Tensor], timestep: float | None, running: bool
     ) -> list[torch.Tensor]:
         """Run one step of a lane's plan, with what was computed when its run began, as long as that holds."""
-        executor, variant = lane.executor, lane.variant
+        executor, variant, course = lane.executor, lane.variant, lane.course
+        row = course.next
+        assert row is not None
         if running:
             self.matched += 1
             self._variants.followed()
         over = running and self._is_over(lane, step)
-        full = executor.plan.steps[step].macs == executor.plan.full_macs
-        # If the step raises, the position is not known to have been reached: the next call must not go on from it.
-        lane.position = None
+        full = executor.plan.steps[row].macs == executor.plan.full_macs
+        # If the step raises, it is not known to have been reached: the next call must not go on from it.
+        course.next = None
         if over:
-            return self._advance_in_full(lane, step, tensors)
+            return self._advance_in_full(lane, row, tensors)
         with variant.graph_mode():
             watch = executor.prologues.weights
-            if lane.weights is None or watch.changed(lane.weights, step):  # a new run, or weights changed in the middle of one
+            if lane.weights is None or watch.changed(lane.weights, row):  # a new run, or weights changed in the middle of one
                 lane.rows, lane.weights = executor.begin(tensors, lane.rows), watch.now()
-            exact = timestep is None or executor.prologues.is_exact(step, timestep)
+            exact = timestep is None or executor.prologues.is_exact(row, timestep)
             trial = lane.trial if full else None
             if trial is not None:
-                trial.before(step, lane.cache)
-            outputs = executor.run_step(step, tensors, lane.cache, lane.rows, exact)
+                trial.before(step, course.cache)
+            outputs = executor.run_step(row, tensors, course.cache, lane.rows, exact)
             if trial is not None:
                 trial.after(step, variant.program, tensors, outputs[0])
-        lane.position = step + 1
+        course.next = row + 1
+        course.sample = tensors[variant.sample] if variant.mask.lanes else None
         if lane.position == variant.mask.num_steps:
             lane.rows, lane.steady = (), None  # the run is over: memory that it has is for the next
         assert lane.stats is not None
-        lane.stats.add(executor.plan.steps[step].macs, executor.plan.full_macs, followed=running)
+        lane.stats.add(executor.plan.steps[row].macs, executor.plan.full_macs, followed=running)
         if lane.checks is not None and full:
             lane.checks.computed(step, outputs[0], tensors[variant.sample])
         if lane.checks is not None and lane.position == variant.mask.num_steps:
@@ -276,13 +354,13 @@ class Generation:
                 lane.stats.guarded = step
         return lane.is_over
 
-    def _advance_in_full(self, lane: Lane, step: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _advance_in_full(self, lane: Lane, row: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run one step of a lane without its plan; nothing is stored, so it cannot go back to the plan in this run."""
-        executor, variant = lane.executor, lane.variant
-        lane.cache = {}
+        executor, variant, course = lane.executor, lane.variant, lane.course
+        course.cache = {}
         with variant.graph_mode():
             outputs = variant.executor(0).run_full(tensors)
-        lane.position = step + 1
+        course.next = row + 1
         if lane.position == variant.mask.num_steps:
             lane.rows, lane.steady = (), None
         assert lane.stats is not None
@@ -420,7 +498,7 @@ class Generation:
 
     def _counted(self, lane: Lane) -> int | None:
         """The step of a denoiser that takes no timestep: nothing but the count tells steps apart."""
-        position = lane.position if lane.position is not None else (0 if not lane.cache else None)
+        position = lane.position if lane.position is not None else (0 if not lane.course.cache else None)
         return position if position is not None and position < lane.variant.mask.num_steps else None
 
     def _choose(self, waiting: Sequence[Lane], step_of: Callable[[Lane], int | None]) -> Lane:
@@ -483,7 +561,7 @@ class InferredGeneration(Generation):
 
     def _forget_idle_lanes(self) -> None:
         """Lanes of runs that ended or were abandoned hold memory for nothing."""
-        self._lanes = [x for x in self._lanes if x.cache and self._count - x.seen <= IDLE_CALLS]
+        self._lanes = [x for x in self._lanes if x.course.cache and self._count - x.seen <= IDLE_CALLS]
 
     def _counted(self, lane: Lane) -> int | None:
         """None: where a run begins cannot be counted."""

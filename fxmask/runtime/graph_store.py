@@ -87,7 +87,7 @@ class GraphStore:
 
     def prologue_runner(self, plan: Plan) -> PrologueRunner:
         """What runs outside the steps of a plan."""
-        timesteps = plan.mask.timesteps
+        timesteps = plan.timesteps
         if timesteps not in self._prologues:
             with self._lock:
                 if timesteps not in self._prologues:

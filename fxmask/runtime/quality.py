@@ -83,6 +83,8 @@ def decibels(value: float) -> str:
 
 def digest_of_mask(mask: Mask) -> str:
     """Changes with what is computed or forecast."""
-    terms = sorted((mask.forecast.terms if mask.forecast else {}).items())
-    text = repr((mask.timesteps, mask.blocks, mask.compute.tolist(), terms))
+    calls = mask.by_call
+    terms = sorted((calls.forecast.terms if calls.forecast else {}).items())
+    lanes = (mask.lanes, mask.order) if mask.lanes else ()
+    text = repr((calls.timesteps, calls.blocks, calls.compute.tolist(), terms, *lanes))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

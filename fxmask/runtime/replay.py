@@ -167,7 +167,7 @@ class ReplayingExecutor(Executor):
             )
 
     def _table(self, values: Mapping[str, torch.Tensor]) -> Table:
-        return Table(values, self.plan.mask.num_steps, self.coefficients, self._device)
+        return Table(values, len(self.plan.steps), self.coefficients, self._device)
 
     # When a run begins
 

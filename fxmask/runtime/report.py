@@ -70,7 +70,8 @@ class Report:
     ) -> Report:
         """Report of a plan for a program, and of the latest runs."""
         mask = plan.mask
-        counts = {name: int(mask.compute[plan.start :, b].sum()) for b, name in enumerate(mask.blocks)}
+        rows = mask.by_call.compute[plan.start :]
+        counts = {name: int(rows[:, b].sum()) for b, name in enumerate(mask.blocks)}
         return cls(
             model=type(program.model).__name__,
             num_steps=mask.num_steps,

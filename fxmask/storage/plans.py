@@ -26,6 +26,7 @@ from fxmask.storage.tensors import tensors_from_bytes, tensors_to_bytes
 
 MOST_STEPS = MOST_BLOCKS = 10_000
 MOST_ENTRIES = 4_000_000  # steps times blocks
+MOST_LANES = 64
 LARGEST = 2.0**53  # of timesteps
 
 Saved = tuple[Mask, dict[str, Any], dict[str, Any]]  # mask, facts, example call
@@ -67,7 +68,8 @@ def mask_to_data(
     Raises:
         MaskError: the call holds an argument that cannot be saved, or facts are no plain data.
     """
-    terms = sorted((mask.forecast.terms if mask.forecast else {}).items())
+    calls = mask.by_call
+    terms = sorted((calls.forecast.terms if calls.forecast else {}).items())
     tensors: dict[str, torch.Tensor] = {}
     state = {
         "blocks": list(mask.blocks),
@@ -75,8 +77,11 @@ def mask_to_data(
         "forecast": [[step, block, [source for source, _ in pairs]] for (step, block), pairs in terms],
         "facts": facts_to_data(facts),
         "example": to_plain(dict(example), tensors, "example"),
+        **({"lanes": list(mask.lanes)} if mask.lanes else {}),
     }
     tensors["compute"] = mask.compute
+    if mask.called is not None:
+        tensors["called"] = mask.called
     tensors["timesteps"] = torch.tensor(mask.timesteps, dtype=torch.float64)
     tensors["coefficients"] = torch.tensor([c for _, pairs in terms for _, c in pairs], dtype=torch.float64)
     return state, tensors
@@ -129,24 +134,31 @@ def facts_of(folder: str | Path, mask: Mask, facts: Mapping[str, Any]) -> dict[s
         checked = msgspec.convert(dict(facts), Facts)
         if checked.scheduler is not None:
             msgspec.convert(checked.scheduler, SchedulerFacts)
-        if checked.start >= mask.num_steps:
-            raise ValueError(f"it starts at step {checked.start} of {mask.num_steps}")
+        if checked.start >= len(mask.order):
+            raise ValueError(f"it starts at step {checked.start} of {len(mask.order)}")
     return dict(facts)
 
 
 def _mask_of(state: PlanFile, tensors: Mapping[str, torch.Tensor]) -> Mask:
-    compute = _tensor(tensors, "compute", torch.bool, 2)
+    lanes = tuple(state.lanes)
+    compute = _tensor(tensors, "compute", torch.bool, 3 if lanes else 2)
     timesteps = _tensor(tensors, "timesteps", torch.float64, 1)
     coefficients = _tensor(tensors, "coefficients", torch.float64, 1)
-    steps, blocks = compute.shape
-    if not (steps <= MOST_STEPS and blocks <= MOST_BLOCKS and steps * blocks <= MOST_ENTRIES):
+    steps, blocks = compute.shape[0], compute.shape[-1]
+    if not (steps <= MOST_STEPS and blocks <= MOST_BLOCKS and compute.numel() <= MOST_ENTRIES and len(lanes) <= MOST_LANES):
         raise ValueError(f"{steps} steps and {blocks} blocks are more than a plan may have")
     if len(state.blocks) != blocks or len(timesteps) != steps:
         raise ValueError(f"{len(timesteps)} timesteps and {len(state.blocks)} blocks, but {steps} and {blocks} in its mask")
     if bool((timesteps.abs() > LARGEST).any()):
         raise ValueError("a timestep is beyond whole numbers")
     forecast = _forecast_of(state, coefficients.tolist())
-    return Mask(compute, tuple(timesteps.tolist()), tuple(state.blocks), forecast, state.program)
+    given = tuple(timesteps.tolist()), tuple(state.blocks)
+    if not lanes:
+        return Mask(compute, *given, forecast, state.program)
+    called = _tensor(tensors, "called", torch.bool, 2) if "called" in tensors else None
+    every = Mask(torch.ones_like(compute), *given, None, state.program, lanes=lanes, called=called)
+    rows = torch.stack([compute[step, lane] for step, lane in every.order])
+    return every.folded(Mask(rows, every.by_call.timesteps, every.blocks, forecast, state.program))
 
 
 def _tensor(tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype, dims: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
     plan.json              ``PlanFile``: what is decided, and every other file of the folder with its size and digest
     plan.safetensors       compute bool [T, B]; timesteps float64 [T]; coefficients float64 [N]; example.*: the captured call
+                           with lanes that have rows of their own: compute bool [T, L, B]; called bool [T, L]
     package.json           ``PackageFile``; only in packages, like the files below
     package.safetensors    tensors that the graph holds and the model does not
     parts/<name>.pt2       AOTInductor packages
@@ -49,7 +50,7 @@ class FileEntry(_Strict, frozen=True):
 
 
 class PlanFile(_Strict, frozen=True):
-    """plan.json."""
+    """plan.json. With lanes the steps of its forecast are calls, counted over all lanes."""
 
     format: Literal["fxmask plan"]
     version: Literal[2]
@@ -59,6 +60,7 @@ class PlanFile(_Strict, frozen=True):
     forecast: list[tuple[Count, str, Terms]]
     facts: dict[str, Any]
     example: Any
+    lanes: list[str] = []
 
 
 class PlanFile1(_Strict, frozen=True):

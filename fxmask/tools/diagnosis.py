@@ -190,6 +190,12 @@ def diagnose(
         CaptureError: the program was captured without weights.
     """
     steps = checked_calls(program, mask, calls)
+    if mask.lanes:
+        if run is not None:
+            raise InputError(
+                "a mask with lanes is compared operator by operator only; leave run out, or test a mask whose lanes are alike"
+            )
+        mask, steps = mask.by_call, [[call] for step in steps for call in step]
     accelerated: Any = run if getattr(type(run), "is_accelerated", False) else None
     if accelerated is not None:
         check_accelerated(accelerated, program, mask, steps)

@@ -95,6 +95,9 @@ def checked_calls(program: Program, mask: Mask, calls: Any) -> Lanes:
             )
     lanes = reference.steps_of(steps)
     for i, step in enumerate(lanes):
+        wanted = [lane for at, lane in mask.order if at == i] if mask.lanes else step
+        if len(step) != len(wanted):
+            raise MaskError(f"step {i} makes {len(step)} calls, but the mask has {len(wanted)} lanes there; give one per lane")
         for k, call in enumerate(step):
             _check_form(program, call, f"step {i}" + (f", lane {k}" if len(step) > 1 else ""))
     return lanes
@@ -115,7 +118,8 @@ def check_mask(program: Program, mask: Mask) -> None:
     cut = [value for name in (INPUT, *mask.blocks) for value in known[name].values]
     if len(set(cut)) < len(cut):
         raise MaskError("two blocks of the mask cut one value; list only one of them")
-    for (step, name), terms in (mask.forecast.terms if mask.forecast else {}).items():
+    calls = mask.by_call
+    for (step, name), terms in (calls.forecast.terms if calls.forecast else {}).items():
         for source, _ in terms:
             for i, value in enumerate(known[name].values):
                 slot = slot_of(source, name, i)

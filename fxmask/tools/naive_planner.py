@@ -96,6 +96,7 @@ def plan_faults(program: Program, mask: Mask, plan: Plan) -> tuple[str, ...]:
         mask: of the program.
         plan: what a pass made of the mask, for a run from step 0.
     """
+    mask = mask.by_call
     if len(plan.steps) != mask.num_steps or plan.start:
         return (f"the plan runs steps {plan.start} to {len(plan.steps) - 1}, the mask has {mask.num_steps} from 0",)
     wanted = demand_of(program, mask)
@@ -119,7 +120,7 @@ def _compute_faults(wanted: Demand, mask: Mask, plan: Plan, step: int) -> list[s
     given = plan.steps[step]
     needed = sorted({block for at, block, _ in wanted.computed if at == step})
     loaded = {x.block for x in given.load}
-    on = dict(zip(plan.mask.blocks, plan.mask.compute[step].tolist(), strict=True))
+    on = dict(zip(plan.mask.blocks, plan.mask.by_call.compute[step].tolist(), strict=True))
     missing = [b for b in needed if b not in given.compute or b in loaded or not on.get(b, True)]
     faults = [f"step {step} does not compute block {b}, although the mask computes it and its value is needed" for b in missing]
     return faults + ([f"step {step} has no graph"] if given.graph < 0 else [])

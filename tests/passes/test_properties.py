@@ -75,9 +75,20 @@ def run_specialised(pair: Pair, plan: fxmask.Plan, backend: str = "eager") -> li
     """The same, from the accelerated model; every call but a lane's first must go on where the last one ended."""
     accelerated = fxmask.compile(pair.program, plan, backend=backend)
     with accelerated.generation() as generation:
-        results = [[accelerated(**call) for call in step] for step in pair.calls()]
-    assert generation.matched == pair.lanes * (pair.mask.num_steps - 1)
-    return [lanes[0] if len(lanes) == 1 else lanes for lanes in results]
+        results = pair.run(accelerated)
+    assert generation.matched == followed(pair)
+    return results
+
+
+def by_call(pair: Pair, results: list[Any]) -> list[Any]:
+    """Results per step as results per call."""
+    counts = [len(step) for step in pair.calls()]
+    return [x for result, count in zip(results, counts, strict=True) for x in (result if count > 1 else [result])]
+
+
+def followed(pair: Pair) -> int:
+    """How many calls of a run go on from the one before: all but the first, of each lane unless these have rows of their own."""
+    return len(pair.mask.order) - 1 if pair.mask.lanes else pair.lanes * (pair.mask.num_steps - 1)
 
 
 # --- what runs computes what the mask means
@@ -88,7 +99,8 @@ def check_all_ones(pair: Pair) -> None:
 
     The model is called with the timestep in canonical form: products of one row and of B equal rows round differently.
     """
-    ones = fxmask.Mask.ones(pair.program, pair.mask.timesteps)
+    ones = fxmask.Mask.ones(pair.program, pair.mask.timesteps, pair.mask.lanes)
+    ones = replace(ones, called=pair.mask.called)
     signature = pair.program.signature
     with torch.no_grad():
         expected = [[pair.denoiser.model(**signature.bind((), call).arguments) for call in step] for step in pair.calls()]
@@ -127,16 +139,16 @@ def check_replayed(pair: Pair) -> None:
         accelerated = fxmask.compile(pair.program, fxmask.rectify(pair.program, pair.mask), backend="recorded")
         for _ in range(2):
             with accelerated.generation() as generation:
-                results = [[accelerated(**call) for call in step] for step in pair.calls()]
-            assert generation.matched == pair.lanes * (pair.mask.num_steps - 1)
-            assert_same([lanes[0] if len(lanes) == 1 else lanes for lanes in results], run_reference(pair))
+                results = pair.run(accelerated)
+            assert generation.matched == followed(pair)
+            assert_same(results, run_reference(pair))
         assert accelerated.executor._problem is None
 
 
 def check_rectified(pair: Pair) -> None:
     """Turning dead computes off changes no result: no needed one is ever turned off."""
     rectified = fxmask.rectify(pair.program, pair.mask).mask
-    assert not (rectified.compute & ~pair.mask.compute).any()
+    assert not (rectified.by_call.compute & ~pair.mask.by_call.compute).any()
     assert_same(run_reference(pair, rectified), run_reference(pair))
 
 
@@ -144,15 +156,14 @@ def check_starting_in_the_middle(pair: Pair) -> None:
     """A plan that starts at step k computes what the mask means when nothing is stored before k."""
     for start in range(pair.mask.num_steps):
         late = pair.mask.starting_at(start)
-        expected = run_reference(pair, late)[start:]
-        for plan in (fxmask.rectify(pair.program, pair.mask, start=start), fxmask.rectify(pair.program, late, start=start)):
+        wanted = by_call(pair, run_reference(pair, late))
+        first = next(row for row, (step, _) in enumerate(pair.mask.order) if step == start)
+        for plan in (fxmask.rectify(pair.program, pair.mask, start=first), fxmask.rectify(pair.program, late, start=first)):
             executor = Executor(plan, GraphStore(pair.program, "eager"))
             caches: list[dict[Slot, torch.Tensor]] = [{} for _ in range(pair.lanes)]
-            for step, want in zip(range(start, pair.mask.num_steps), expected, strict=True):
-                wants = want if pair.lanes > 1 else [want]
-                for call, cache, output in zip(pair.calls()[step], caches, wants, strict=True):
-                    got = executor.run_step(step, pair.tensors(call), cache)
-                    assert_same(got, leaves(output))
+            for (row, cache, call), output in zip(pair.turns(), wanted, strict=True):
+                if row >= first:
+                    assert_same(executor.run_step(row, pair.tensors(call), caches[cache]), leaves(output))
 
 
 def check_resuming_run(pair: Pair) -> None:
@@ -164,8 +175,8 @@ def check_resuming_run(pair: Pair) -> None:
     for start in range(pair.mask.num_steps - 1):  # at the last step nothing follows, which warns
         expected = run_reference(pair, pair.mask.starting_at(start))[start:]
         with accelerated.generation():
-            results = [[accelerated(**call) for call in step] for step in pair.calls()[start:]]
-        assert_same([lanes[0] if len(lanes) == 1 else lanes for lanes in results], expected)
+            results = pair.run(accelerated, start)
+        assert_same(results, expected)
 
 
 def check_no_aliases(pair: Pair) -> None:
@@ -174,10 +185,14 @@ def check_no_aliases(pair: Pair) -> None:
     accelerated = fxmask.compile(pair.program, fxmask.rectify(pair.program, pair.mask), backend="eager")
     results = []
     with accelerated.generation():
-        for step in pair.calls():
+        for i, step in enumerate(pair.calls()):
             lanes = []
-            for call in step:
-                output = accelerated(**call)
+            named = (
+                [pair.mask.lanes[lane] for at, lane in pair.mask.order if at == i] if pair.mask.lanes else [None] * len(step)
+            )
+            for name, call in zip(named, step, strict=True):
+                with contextlib.nullcontext() if name is None else accelerated.cache_context(name):
+                    output = accelerated(**call)
                 lanes.append([x.clone() for x in leaves(output)])
                 for x in leaves(output):
                     if 0 not in x.stride():  # torch refuses to write into expanded tensors
@@ -186,8 +201,7 @@ def check_no_aliases(pair: Pair) -> None:
                 if "control" in call:
                     call["control"].fill_(9)
             results.append(lanes)
-    flat = [[leaves(x) for x in (step if pair.lanes > 1 else [step])] for step in expected]
-    assert_same(results, flat)
+    assert_same([x for step in results for x in step], [leaves(x) for x in by_call(pair, expected)])
 
 
 def soft_step(soft: SoftGraph, tensors: Sequence[torch.Tensor], scores: torch.Tensor, caches: list[torch.Tensor]) -> Any:
@@ -202,6 +216,8 @@ def soft_step(soft: SoftGraph, tensors: Sequence[torch.Tensor], scores: torch.Te
 
 def check_soft_is_hard(pair: Pair) -> None:
     """The soft graph at scores of 0 and 1 computes what the mask means (up to the sign of zero)."""
+    if pair.mask.lanes:
+        return  # scores are of blocks and steps
     mask = _blendable(pair.program, pair.mask)
     with frozen(pair.denoiser.model):
         expected = run_reference(pair, mask)
@@ -244,14 +260,14 @@ def _blendable(program: fxmask.Program, mask: fxmask.Mask) -> fxmask.Mask:
 
 def check_idempotent(pair: Pair) -> None:
     """The plan of a plan's mask is the plan itself."""
-    for start in range(pair.mask.num_steps):
+    for start in range(len(pair.mask.order)):
         plan = fxmask.rectify(pair.program, pair.mask, start=start)
         assert fxmask.rectify(pair.program, plan.mask, start=start) == plan
 
 
 def check_stored_before_loaded(pair: Pair) -> None:
     """Every load reads what an earlier step of the run stored, and nothing is held that no later step reads."""
-    for start in range(pair.mask.num_steps):
+    for start in range(len(pair.mask.order)):
         plan = fxmask.rectify(pair.program, pair.mask, start=start)
         held: set[Slot] = set()
         for i, step in enumerate(plan.steps[start:], start):
@@ -275,7 +291,7 @@ def check_computed_is_read(pair: Pair) -> None:
     for i, step in enumerate(plan.steps):
         loaded = {pair.program.block(load.block).values[load.value] for load in step.load}
         stored = {pair.program.block(block).values[value] for block, value in step.store}
-        assert {name for b, name in enumerate(plan.mask.blocks) if plan.mask.compute[i, b]} == step.compute
+        assert {name for b, name in enumerate(plan.mask.blocks) if plan.mask.by_call.compute[i, b]} == step.compute
         for name in step.compute:
             values = [pair.program.node(value) for value in pair.program.block(name).values]
             assert any(_is_read(value, loaded, stored) for value in values), (i, name)
@@ -305,7 +321,7 @@ def check_few_graphs(pair: Pair) -> None:
     for graph in graphs:
         macs = sum(weights.get(node.name, 0) for node in graph.graph_module.graph.nodes)
         assert {plan.steps[i].macs for i in graph.steps} == {macs}
-    assert sorted(i for graph in graphs for i in graph.steps) == list(range(pair.mask.num_steps))
+    assert sorted(i for graph in graphs for i in graph.steps) == list(range(len(pair.mask.order)))
 
 
 class Meter(dict[Slot, torch.Tensor]):
@@ -325,9 +341,10 @@ def check_peak_bytes(pair: Pair) -> None:
     plan = fxmask.rectify(pair.program, pair.mask)
     executor = Executor(plan, GraphStore(pair.program, "eager"))
     cache = Meter()
-    for i, step in enumerate(pair.calls()):
+    for row, number, call in pair.turns():
         with torch.no_grad():
-            executor.run_step(i, pair.tensors(step[0]), cache)
+            if not number:
+                executor.run_step(row, pair.tensors(call), cache)
     assert cache.peak == plan.peak_cache_bytes
     assert not cache
 

@@ -13,7 +13,18 @@ from rich.text import Text
 
 from fxmask.errors import InputError
 from fxmask.ir.mask import Mask
-from fxmask.pictures.masks import BLENDED, COMPUTED, FORECAST, STATES, grouped, save_counts, save_heat_map, states_of
+from fxmask.pictures.masks import (
+    ABSENT,
+    BLENDED,
+    COMPUTED,
+    FORECAST,
+    STATES,
+    grouped,
+    names_of,
+    save_counts,
+    save_heat_map,
+    states_of,
+)
 from fxmask.runtime.quality import Quality
 from fxmask.settings.saved import LIST, read_settings
 from fxmask.storage.card import Entry, rows_of
@@ -21,8 +32,9 @@ from fxmask.storage.hub import local_folder
 from fxmask.storage.plans import facts_of, load_plan
 from fxmask.tools.command_line import AS_JSON, Command, Picture, as_json, console, options, printed
 
-MARKS = {COMPUTED: ("█", "blue"), BLENDED: ("▓", "blue"), FORECAST: ("▒", "cyan"), 0: ("·", "bright_black")}
-PLAIN = {state: (letter, MARKS[state][1]) for state, letter in ((COMPUTED, "#"), (BLENDED, "%"), (FORECAST, "+"), (0, "."))}
+MARKS = {COMPUTED: ("█", "blue"), BLENDED: ("▓", "blue"), FORECAST: ("▒", "cyan"), 0: ("·", "bright_black"), ABSENT: (" ", "")}
+LETTERS = {COMPUTED: "#", BLENDED: "%", FORECAST: "+", 0: ".", ABSENT: " "}
+PLAIN = {state: (letter, MARKS[state][1]) for state, letter in LETTERS.items()}
 WIDE = 100  # characters of a row of the map; beyond that, several steps share one
 ROWS = 40
 PICTURES = (
@@ -47,12 +59,13 @@ class Saved:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
-        kept = [int(n) for n in self.mask.compute.sum(dim=0)]
+        kept = [int(n) for n in self.mask.by_call.compute.sum(dim=0)]
         quality = Quality.of_facts(self.facts, self.mask)
         return {
             "setting": self.title,
             "steps": self.mask.num_steps,
             "timesteps": list(self.mask.timesteps),
+            "lanes": list(self.mask.lanes),
             "computed_at": dict(zip(self.mask.blocks, kept, strict=True)),
             "forecasts": len(self.mask.forecast.terms) if self.mask.forecast else 0,
             "facts": {name: value for name, value in self.facts.items() if name != "roles"},
@@ -125,7 +138,8 @@ def heat_map_text(mask: Mask, rows: int = ROWS) -> Text:
     states, text = states_of(mask), Text()
     marks = MARKS if console().encoding.lower().startswith("utf") else PLAIN
     every = -(-mask.num_steps // WIDE)
-    groups = grouped(mask.blocks, rows) if len(mask.blocks) > rows else [(b, b, x) for b, x in enumerate(mask.blocks)]
+    names = names_of(mask)
+    groups = grouped(names, rows) if len(names) > rows else [(b, b, x) for b, x in enumerate(names)]
     width = max(len(name) for _, _, name in groups)
     for first, last, name in groups:
         text.append(f"{name:>{width}} ")
