@@ -126,7 +126,7 @@ def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
 
 def _check_sources_are_listed(program: Program, mask: Mask) -> None:
     """Blocks that are not listed are never cut, so nothing is stored of them; the sample always may be read."""
-    known = {block.name for block in program.blocks}
+    known = {block.name for block in program.all_blocks}
     for (step, name), terms in (mask.forecast.terms if mask.forecast else {}).items():
         for source, _ in terms:
             other, at = (source[0], source[1]) if isinstance(source, tuple) else (name, source)
