@@ -14,7 +14,7 @@ from fxmask.ir.program import Program
 from fxmask.learning.outcome import TOLERANCE, Outcome
 from fxmask.passes.rectify import rectify
 
-ROUNDS = 3
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,15 @@ class StreamBudget:
         Only short masks need it, of which one entry is much of the budget.
         """
         for _ in range(ROUNDS):
-            kept = 1 / plan.mac_ratio
-            if abs(kept / budget - 1) <= TOLERANCE / 3:
+            if abs(1 / plan.mac_ratio / budget - 1) <= TOLERANCE / 3:
                 break
-            rows, more = plan.source.compute, kept < budget
-            distance = torch.where(rows != more, -rank.double() if more else rank.double(), math.inf)
+            rows = plan.source.compute
+            edge = float(rank[1:][rows[1:]].min()) if bool(rows[1:].any()) else math.inf
+            distance = (rank.double() - min(edge, float(rank.max()))).abs()
             distance[members == members[0]], distance[:, self._held] = math.inf, math.inf
-            near = distance.flatten().argsort()[: min(4 * len(self.names), int(distance.isfinite().sum()))]
+            near = distance.flatten().argsort()[: min(6 * len(self.names), int(distance.isfinite().sum()))]
             entries = dict.fromkeys((int(members[e // rank.shape[1]]), int(e % rank.shape[1])) for e in near)
-            tried = [self.plan(torch.where((members == g).unsqueeze(1) & self._is(b), more, rows)) for g, b in entries]
+            tried = [self.plan(rows ^ ((members == g).unsqueeze(1) & self._is(b))) for g, b in entries]
             best = min([plan, *tried], key=lambda p: abs(1 / p.mac_ratio - budget))
             if best is plan:
                 break
