@@ -213,7 +213,7 @@ def accelerate(
         step_kwargs=step_kwargs,
         scheduler_kwargs=scheduler_kwargs,
     )
-    seeds = _seeds(seed, mask, learner, effort)
+    seeds = _seeds(seed, mask, effort)
     trajectories = [recorded(seed=s) for s in tqdm(seeds, desc="recording", unit="run", disable=not progress)]
     first = trajectories[0]
     # 2. capture, and find the blocks
@@ -224,7 +224,7 @@ def accelerate(
             type(model).__name__,
         )
         effort = "quick"
-        seeds = _seeds(seed, mask, learner, effort)
+        seeds = _seeds(seed, mask, effort)
         trajectories += [recorded(seed=s) for s in seeds[1:]]
     # 3. learn
     checks: Checks | None = None
@@ -623,9 +623,9 @@ def _room(max_learning_bytes: int | None, program: Program) -> Room:
     return room
 
 
-def _seeds(seed: int, mask: Mask | None, learner: str, effort: str) -> list[int]:
-    """Of the runs that are recorded: one where nothing, or only the paper's learner, learns from them, or one is enough."""
-    count = 1 if mask is not None or learner == "paper" or effort == "instant" else max(RECORDED_RUNS, 2 * Group.current().size)
+def _seeds(seed: int, mask: Mask | None, effort: str) -> list[int]:
+    """Of the runs that are recorded: one where nothing learns from them, or one is enough."""
+    count = 1 if mask is not None or effort == "instant" else max(RECORDED_RUNS, 2 * Group.current().size)
     return [seed + k for k in range(count)]
 
 

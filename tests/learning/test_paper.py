@@ -8,6 +8,8 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import ddim, tiny_unet
 
 import fxmask
@@ -357,6 +359,37 @@ def test_live_cost_charges_a_stream_for_what_only_it_reads(dit_program):
     scores = torch.ones(6, len(dit_program.streams))
     gradient = LiveCost.of(dit_program, dit_program.streams).gradient(scores)
     assert gradient[3, -1] > 3 * gradient[3, 0] > 0
+
+
+def _rank(rank: int, size: int, place: str, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
+    model = tiny_unet()
+    run = fxmask.record(model, ddim(), num_inference_steps=4, batch_size=1)
+    program = fxmask.capture(model, run.calls[0][0])
+    results[rank] = scores_of(program, [run], epochs=3).values
+    dist.destroy_process_group()
+
+
+def test_ranks_average_their_gradients(tmp_path):
+    """Two processes come to the same scores, which are those of the mean of their two passes."""
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (2, str(tmp_path / "store"), results), nprocs=2)
+        ranks = dict(results)
+    assert torch.equal(ranks[0], ranks[1])
+    model = tiny_unet()
+    run = fxmask.record(model, ddim(), num_inference_steps=4, batch_size=1)
+    program = fxmask.capture(model, run.calls[0][0])
+    alone = learner_of(program, [run], epochs=3)
+    lanes = alone._lanes(run)
+    for k in range(3):
+        numbers = [1_000_003 + 2 * k + rank for rank in range(2)]
+        one, two = (paper.run_pass(run, lanes, alone.state.scores, alone.options, number) for number in numbers)
+        both = paper.Pass((one.gradient + two.gradient) / 2, (one.change + two.change) / 2, (one.error + two.error) / 2)
+        alone._together = lambda _own, both=both: both
+        alone._one(3)
+    assert torch.allclose(alone.state.scores, ranks[0], atol=1e-6)
 
 
 def test_options_are_checked():
