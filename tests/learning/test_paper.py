@@ -19,7 +19,7 @@ from fxmask.learning.paper.budget import StreamBudget
 from fxmask.learning.paper.learner import rollout_error
 from fxmask.learning.paper.live_cost import LiveCost
 from fxmask.learning.paper.options import PaperOptions
-from fxmask.learning.paper.scores import ScoreLearner, step_weights
+from fxmask.learning.paper.scores import ScoreLearner, _smoothed, measured_weights, step_weights
 
 QUICK = PaperOptions(epochs=3)
 
@@ -352,6 +352,19 @@ def test_live_cost_of_a_hard_mask_is_that_of_its_plan(family, seed, request):
     cost = LiveCost.of(program, program.streams)(rows.double())
     plan = StreamBudget(program, (5.0, 4.0, 3.0, 2.0, 1.0, 0.0)).plan(rows)
     assert cost.tolist() == pytest.approx([step.macs / program.macs for step in plan.steps])
+
+
+def test_measured_weights_are_smoothed_responses(dit_trajectory):
+    """One outlier among neighbours does not count; a trend does; the mean of what a step moves is 1."""
+    values = torch.linspace(2, 1, 48, dtype=torch.float64)
+    values[20] = 50.0
+    smooth = _smoothed(values)
+    assert smooth.max() <= 2
+    assert smooth[2] > 1.2 * smooth[-3]
+    assert torch.equal(_smoothed(torch.ones(30)), torch.ones(30))
+    weights = measured_weights([dit_trajectory[1]])
+    assert weights.shape == (6,)
+    assert float((1 / weights).mean()) == pytest.approx(1, rel=1e-4)
 
 
 def test_live_cost_charges_a_stream_for_what_only_it_reads(dit_program):

@@ -39,6 +39,7 @@ from fxmask.sampling.sampler import Sampler
 logger = logging.getLogger(__name__)
 Kept = Callable[[torch.Tensor], float]  # of a hard mask [T, B] the fraction of the full MACs
 CLOSE = 0.03  # of the budget
+NEIGHBOURS = 12  # of this fraction of all steps, on each side, a measured weight is smoothed
 MOST = 30.0  # how far measured weights may be from their mean
 FASTEST = 0.2  # logarithm of what lambda1 changes by in a pass; scores take several to follow
 UNCHANGED = 0.01  # of the mask's entries
@@ -78,14 +79,23 @@ def step_weights(change: torch.Tensor) -> torch.Tensor:
     return weights.float()
 
 
-def measured_weights(run: Sampler) -> torch.Tensor:
+def measured_weights(runs: Sequence[Sampler]) -> torch.Tensor:
     """Weights ``w``, float ``[T]``, inverse to how far an error in a step's prediction moves the final sample. Ours.
 
-    The feature loss of a step and its penalty have the same unit then in all steps. The mean of ``1 / w`` is 1.
+    The feature loss of a step and its penalty have the same unit then in all steps. One run of many steps tells little of each,
+    so what it tells is the median over neighbouring steps, and the mean over runs. The mean of ``1 / w`` is 1.
     """
-    moved = response_of(run, gains=gains_of(run)).weights
+    told = [response_of(run, gains=gains_of(run)).weights for run in runs]
+    moved = torch.stack([_smoothed(x / x.mean().clamp_min(1e-12)) for x in told]).mean(0)
     moved = (moved / moved.mean().clamp_min(1e-12)).clamp(1 / MOST, MOST)
     return (1 / moved).float()
+
+
+def _smoothed(values: torch.Tensor) -> torch.Tensor:
+    """The mean of the middle half of the values around each step."""
+    reach = len(values) // NEIGHBOURS
+    parts = [values[max(0, i - reach) : i + reach + 1].sort().values for i in range(len(values))]
+    return torch.stack([part[len(part) // 4 : len(part) - len(part) // 4].mean() for part in parts])
 
 
 class ScoreLearner:
@@ -117,7 +127,7 @@ class ScoreLearner:
         self.budget, self.options, self.seed = budget, options, seed
         self.group = Group.current()
         self._forms = Forms(program, runs)
-        self._measured = measured_weights(runs[0]) if options.measured else None
+        self._measured = measured_weights(runs) if options.measured else None
         self._soft: dict[int, SoftGraph] = {}
         self._cost = LiveCost.of(program, self.blocks) if options.cost == "live" else None
         self._noise = torch.Generator().manual_seed(seed + 1)  # the same on every rank
