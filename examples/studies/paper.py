@@ -85,9 +85,7 @@ def page(folder: Path, notes: str) -> str:
             lines += [f"## {run.title}", "", "Not measured yet.", ""]
             continue
         most = max(row["seeds"] for row in rows)
-        ours = (
-            f"Ours: the shipped `{run.subject.split(':')[-1]}`, {run.steps} steps, {run.images} images for each of {most} seed"
-        )
+        ours = f"Ours: the shipped `{run.subject.split(':')[-1]}`, {run.steps} steps, {rows[0]['images']} images for each of {most} seed"
         lines += [f"## {run.title}", "", f"{ours}{'s' if most > 1 else ''} of the noise.", "", markdown(rows), ""]
         lines += ["The paper's:", "", markdown(list(map(_plain, published(run)))), ""]
     drawn = [line for name in FIGURES for line in figures(folder / "table1-cifar10", name)]

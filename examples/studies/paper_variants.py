@@ -1,6 +1,6 @@
 """The paper's learner with one thing changed at a time, beside interval reuse, on the shipped DDPM.
 
-    python examples/studies/paper_variants.py --steps 20 --speedup 2 --passes 60
+python examples/studies/paper_variants.py --steps 20 --speedup 2 --passes 60
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where digits.py is
 
