@@ -85,7 +85,8 @@ def page(folder: Path, notes: str) -> str:
             lines += [f"## {run.title}", "", "Not measured yet.", ""]
             continue
         most = max(row["seeds"] for row in rows)
-        ours = f"Ours: the shipped `{run.subject.split(':')[-1]}`, {run.steps} steps, {rows[0]['images']} images for each of {most} seed"
+        model, images = run.subject.split(":")[-1], rows[0]["images"]
+        ours = f"Ours: the shipped `{model}`, {run.steps} steps, {images} images for each of {most} seed"
         lines += [f"## {run.title}", "", f"{ours}{'s' if most > 1 else ''} of the noise.", "", markdown(rows), ""]
         lines += ["The paper's:", "", markdown(list(map(_plain, published(run)))), ""]
     drawn = [line for name in FIGURES for line in figures(folder / "table1-cifar10", name)]
