@@ -45,6 +45,7 @@ class Mask:
             the same rows, each with values of its own.
         called: bool ``[T, L]``, the lanes that each step calls, where that changes (guidance that starts or stops midway);
             ``None`` if every step calls all. What ``compute`` says of the others does not matter.
+        batched: whether one call holds all lanes, as equal parts of its batch in their order, and not one call each.
 
     Raises:
         MaskError: a wrong shape, an unknown or repeated block or lane, or a load with nothing stored before it.
@@ -58,6 +59,7 @@ class Mask:
     sampler: Mapping[str, Any] | None = None
     lanes: tuple[str, ...] = ()
     called: torch.Tensor | None = None
+    batched: bool = False
 
     def __post_init__(self) -> None:
         compute = torch.as_tensor(self.compute).detach().cpu().bool().clone()
@@ -84,6 +86,8 @@ class Mask:
         if repeated:
             raise MaskError(f"names are repeated: {repeated}; list each block and each lane once")
         object.__setattr__(self, "called", self._checked_calls())
+        if self.batched and (not lanes or self.called is not None):
+            raise MaskError("batched is for masks with lanes of which every step calls all: they come as parts of one batch")
         if forecast is not None and lanes:
             forecast = self._numbering.named(forecast)
         object.__setattr__(self, "forecast", forecast)
@@ -96,7 +100,7 @@ class Mask:
         called = torch.as_tensor(self.called).detach().cpu().bool().clone()
         if not self.lanes or tuple(called.shape) != (self.num_steps, len(self.lanes)):
             raise MaskError(
-                f"called has shape {tuple(called.shape)}, but {self.num_steps} steps and {len(self.lanes)} lanes need one entry "
+                f"called has shape {tuple(called.shape)}, but {self.num_steps} steps and {len(self.lanes)} lanes need an entry "
                 "for each; it is for masks with lanes"
             )
         if not bool(called.any(dim=1).all()):
@@ -227,7 +231,9 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return (
-            (self.timesteps, self.blocks, self.lanes, self.order) == (other.timesteps, other.blocks, other.lanes, other.order)
+            (self.timesteps, self.blocks, self.lanes, self.batched)
+            == (other.timesteps, other.blocks, other.lanes, other.batched)
+            and self.order == other.order
             and torch.equal(self._rows, other._rows)
             and dict(self.forecast.terms if self.forecast else {}) == dict(other.forecast.terms if other.forecast else {})
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,15 @@ class Plan:
     def timesteps(self) -> tuple[float, ...]:
         """The timestep of each of ``steps``."""
         return tuple(self.mask.timesteps[step] for step, _ in self.mask.order)
+
+    @functools.cached_property
+    def whole_steps(self) -> frozenset[int]:
+        """Of a mask whose lanes come in one batch, the first call of each step whose lanes all compute everything."""
+        size = len(self.mask.lanes)
+        if not self.mask.batched:
+            return frozenset()
+        calls = range(-(-self.start // size) * size, len(self.steps), size)
+        return frozenset(c for c in calls if all(not x.formed and x.macs == self.full_macs for x in self.steps[c : c + size]))
 
     @property
     def macs_per_step(self) -> tuple[int, ...]:

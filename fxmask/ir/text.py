@@ -65,7 +65,8 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"Plan: {plan.mask.num_steps} steps, {plan.mac_ratio:.2f}x fewer MACs, {plan.distinct_graphs} step graphs, "
         f"peak cache {plan.peak_cache_bytes / 2**20:.2f} MiB {'for all lanes' if lanes else 'per lane'}",
-        f"{'calls' if lanes else 'steps':<9} {'graph':>5} {'MACs':>6} {'computes':>9} {'loads':>6} {'forecasts':>10} {'stores':>7}",
+        f"{'calls' if lanes else 'steps':<9} {'graph':>5} {'MACs':>6} {'computes':>9} {'loads':>6} {'forecasts':>10} "
+        f"{'stores':>7}",
     ]
     runs: list[list[int]] = []
     for i in range(plan.start, len(plan.steps)):

@@ -45,9 +45,9 @@ def refine(
         parts = []
         for n, r in enumerate(residual):
             columns = []
-            for state in student.states(schedule, base, [step for step, _, _ in directions], [n]):
+            for state in student.states(schedule, base, [student.step_of(schedule, row) for row, _, _ in directions], [n]):
                 for step, names, k in directions:
-                    if step == state.step:
+                    if student.step_of(schedule, step) == state.step:
                         other = student.rollout(schedule, moved_by(best, step, names, k, nudge), state)
                         columns.append((student.residual(other.finals[0], n) - r) / nudge)
                         if n == 0:
@@ -77,6 +77,7 @@ def step_for(dtype: torch.dtype) -> float:
 
 def refinement_cost(student: Student, schedule: Schedule, coefficients: Coefficients) -> float:
     """Units that one round of ``refine`` takes; 0 if there is nothing to refine."""
-    rest = [sum(student.cost(loads) for loads in schedule.loads[i:]) / student.num_steps for i in range(student.num_steps)]
+    count = len(schedule.loads)
+    rest = [sum(student.cost(loads) for loads in schedule.loads[i:]) / count for i in range(count)]
     partial = sum(rest[step] for step, _, _ in free_directions(coefficients))
     return partial + (1 + len(DAMPING)) * rest[0] if partial else 0.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxmask.ir.forecast import Source, clean_source
+from fxmask.ir.forecast import INPUT, Source, clean_source
 
 Terms = tuple[tuple[Source, float], ...]
 Coefficients = Mapping[tuple[int, str], Terms]
@@ -32,13 +32,15 @@ class Schedule:
     """Which blocks each step forms instead of computing them.
 
     Attributes:
-        loads: T sets of block names; the first is empty.
+        loads: T sets of block names; the first is empty. With several lanes T * L, one for each call in their order.
         history: K, how many fresh values a forecast may read.
         samples: how many noisy samples (the present one first) a forecast of the whole output may read besides. If any, and
             the sampler is stochastic, blocks that cannot read samples are reused as they are.
         blend: if not 0, these blocks may read so many fresh values more, and where a step computes its output from formed
             blocks, that is blended with so many outputs before it and with the samples. Nothing of this is fitted along
             the way; it starts as plain reuse, for ``refine_all``.
+        lanes: L, if the lanes have rows of their own; 1 if all follow the same rows. With rows of their own a forecast may read
+            the other lanes too.
         origin: how it was made.
         family: what it forms: a level's name, or several. Finalists are taken from different families first.
     """
@@ -47,6 +49,7 @@ class Schedule:
     history: int = 3
     samples: int = 0
     blend: int = 0
+    lanes: int = 1
     origin: Origin = field(default=Origin.EVERYTHING, compare=False)
     family: str = field(default="", compare=False)
 
@@ -61,13 +64,39 @@ class Schedule:
         return frozenset().union(*self.loads)
 
 
+def lane_sources(computed: Sequence[bool], row: int, lanes: int, history: int, samples: int) -> list[Source]:
+    """What a forecast at a row of several lanes reads, the latest first.
+
+    The latest values of the lane itself, then those of the lanes that the step has called before and computed; of these also
+    the values where this one was fresh: what the two differed by there says more than either.
+
+    Args:
+        computed: by row before this one, whether it computes the block.
+        row: the call.
+        lanes: L.
+        history: values of the lane itself, at most.
+        samples: noisy samples, the present one first, at most.
+    """
+    fresh = [r for r in reversed(range(row)) if computed[r]]
+    own = [r for r in fresh if r % lanes == row % lanes][:history]
+    sources: list[Source] = [*own]
+    for now in range(row - row % lanes, row):
+        if computed[now]:
+            then = [r - row + now for r in own[:2]]
+            sources += [now, *(r for r in then if computed[r])]
+    if not sources:
+        sources = [fresh[0]]
+    return [*sources, *((INPUT, r) for r in [row, *own][:samples])]
+
+
 def is_plain_reuse(schedule: Schedule, key: tuple[int, str], terms: Terms) -> bool:
     """Whether a formed value is what the mask takes without a forecast: the latest value, or the computed one itself."""
     step, block = key
     if any(source == step for source, _ in terms):
         return all(c == float(source == step) for source, c in terms)
-    latest = next(j for j in reversed(range(step)) if block not in schedule.loads[j])  # as the mask has it
-    return terms == ((latest, 1.0),)
+    before = [j for j in reversed(range(step)) if block not in schedule.loads[j]]  # as the mask has it
+    own = [j for j in before if j % schedule.lanes == step % schedule.lanes]
+    return terms == (((own or before)[0], 1.0),)
 
 
 def free_directions(coefficients: Coefficients) -> list[tuple[int, tuple[str, ...], int]]:
@@ -100,7 +129,8 @@ def schedule_key(schedule: Schedule) -> str:
     """What a schedule computes, as a key of the journal."""
     rows = [sorted(loads) for loads in schedule.loads]
     blend = f", blended with {schedule.blend}" if schedule.blend else ""
-    return repr((rows, schedule.history, schedule.samples)) + blend
+    lanes = f", {schedule.lanes} lanes" if schedule.lanes > 1 else ""
+    return repr((rows, schedule.history, schedule.samples)) + blend + lanes
 
 
 def coefficients_to_data(coefficients: Coefficients) -> list[Any]:

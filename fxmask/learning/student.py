@@ -35,7 +35,7 @@ from fxmask.learning.pieces import Place, kept_for_all_steps
 from fxmask.learning.ranks import Group
 from fxmask.learning.reversal import advances
 from fxmask.learning.room import Elsewhere, Room, all_bytes, peak_bytes
-from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse
+from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse, lane_sources
 from fxmask.passes.cut_graph import CutGraph, cut_graph
 from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Call, Loop, Sampler
@@ -129,7 +129,7 @@ class Student:
 
     def spent(self, schedule: Schedule) -> float:
         """Share of the full run's cost that a schedule spends."""
-        return sum(self.cost(loads) for loads in schedule.loads) / self.num_steps
+        return sum(self.cost(loads) for loads in schedule.loads) / len(schedule.loads)
 
     def price_by(self, prices: Mapping[str, float]) -> None:
         """From now on nodes cost a step this much."""
@@ -140,7 +140,18 @@ class Student:
         return self._costs.computed(loads)
 
     def sources(self, schedule: Schedule, step: int, block: str) -> list[Source]:
-        """What a forecast of ``block`` may read at ``step``, or a blend of it, the latest first."""
+        """What a forecast of ``block`` may read at ``step``, or a blend of it, the latest first.
+
+        Args:
+            schedule: what each step forms.
+            step: its row; with lanes that have rows of their own a call.
+            block: its name.
+        """
+        if schedule.lanes > 1:
+            fresh = [block in self.computed(loads) for loads in schedule.loads[:step]]
+            return lane_sources(
+                fresh, step, schedule.lanes, schedule.history, schedule.samples if self.reads_samples(block) else 0
+            )
         earlier = [j for j in reversed(range(step)) if block in self.computed(schedule.loads[j])]
         reads = bool(schedule.samples) and self.reads_samples(block)
         if block in self.computed(schedule.loads[step]):  # a blend
@@ -151,6 +162,20 @@ class Student:
             plain = self.stochastic and bool(schedule.samples) and not reads
             steps = earlier[: 1 + schedule.blend if plain else schedule.history]
         return [*steps, *((INPUT, j) for j in [step, *earlier][: schedule.samples if reads else 0])]
+
+    def step_of(self, schedule: Schedule, row: int) -> int:
+        """The step of a row."""
+        return row // schedule.lanes
+
+    @functools.cached_property
+    def lane_names(self) -> tuple[str, ...]:
+        """What the lanes are called: by the pipeline, or else by their turn."""
+        named = getattr(self.trajectories[0], "lanes", ())
+        names = named[0] if named else ()
+        count = len(self.trajectories[0].calls[0])
+        if len(set(names)) == count and None not in names:
+            return tuple(names)
+        return tuple(map(str, range(count)))
 
     @functools.cached_property
     def output(self) -> str | None:
@@ -171,15 +196,16 @@ class Student:
         # what is dead is not loaded either: rectify turns it off, and computes the live part of a block of several values
         rows = [[name not in loads for name in names] for loads in schedule.loads]
         terms = {key: value for key, value in coefficients.items() if not is_plain_reuse(schedule, key, value)}
-        compute = torch.tensor(rows, dtype=torch.bool).reshape(self.num_steps, len(names))
-        return Mask(
-            compute,
-            self.trajectories[0].timesteps,
-            names,
-            Forecast(terms) if terms else None,
-            self.program.fingerprint,
-            self.sampler,
-        )
+        compute = torch.tensor(rows, dtype=torch.bool).reshape(len(schedule.loads), len(names))
+        forecast = Forecast(terms) if terms else None
+        timesteps, fingerprint = self.trajectories[0].timesteps, self.program.fingerprint
+        if schedule.lanes == 1:
+            return Mask(compute, timesteps, names, forecast, fingerprint, self.sampler)
+        lanes = self.lane_names
+        batched = bool(getattr(self.trajectories[0], "is_split", False))
+        ones = torch.ones(self.num_steps, len(lanes), len(names), dtype=torch.bool)
+        every = Mask(ones, timesteps, names, None, fingerprint, self.sampler, lanes, batched=batched)
+        return every.folded(Mask(compute, every.by_call.timesteps, names, forecast, fingerprint))
 
     @functools.cached_property
     def sampler(self) -> dict[str, Any] | None:
@@ -208,7 +234,8 @@ class Student:
         """
         first, numbers = (start.step, start.numbers) if start else (0, range(len(self.trajectories)))
         used: dict[tuple[int, str], Terms] = dict(coefficients or {})
-        fits = any((i, name) not in used for i in range(first, self.num_steps) for name in schedule.loads[i])
+        rows = range(first * schedule.lanes, len(schedule.loads))
+        fits = any((i, name) not in used for i in rows for name in schedule.loads[i])
         parts = [list(numbers)] if fits else [[n] for n in numbers]
         finals: list[torch.Tensor] = []
         outputs: list[list[torch.Tensor]] = []
@@ -292,11 +319,14 @@ class Student:
                     yield step
                 known = given is not None and step < first
                 if not known or not counted:
+                    row = position if schedule.lanes > 1 else step
                     if counted and 0 in numbers:
-                        self.count(schedule.loads[step])
-                    own = [lanes.setdefault(lane, {}) for lanes in caches]
-                    results = self._step(schedule, step, lane, numbers, calls, own, used)
-                    if lane == last:
+                        self.count(schedule.loads[row])
+                    own = [lanes.setdefault(0 if schedule.lanes > 1 else lane, {}) for lanes in caches]
+                    results = self._step(schedule, row, lane, numbers, calls, own, used)
+                    if schedule.lanes > 1:
+                        self._drop_read(schedule, row, own)
+                    elif lane == last:
                         self._drop(schedule, caches)
                 if known and given is not None:
                     results = [theirs[position] for theirs in given]
@@ -327,7 +357,8 @@ class Student:
         device = self.trajectories[numbers[0]].final.device
         place = "files" if device.type == "cpu" else "host memory"
         self.room.say(f"cached values of {len(numbers)} run(s) go to {place}, {together:,} bytes would be needed")
-        return [{lane: self.room.elsewhere(device) for lane in range(len(self.programs[n]))} for n in numbers]
+        lanes = [1 if schedule.lanes > 1 else len(self.programs[n]) for n in numbers]
+        return [{lane: self.room.elsewhere(device) for lane in range(count)} for count in lanes]
 
     @torch.no_grad()
     def advance(
@@ -475,6 +506,23 @@ class Student:
                     old = steps[: -max(schedule.history, schedule.blend) - 1]
                     for slot in [slot for slot in cache if slot.block == block and slot.step in old]:
                         del cache[slot]
+
+    def _drop_read(self, schedule: Schedule, row: int, caches: Sequence[Cache]) -> None:
+        """Forget what no row after this one reads, where lanes have rows of their own."""
+        last = self._last_readers(schedule)
+        for cache in caches:
+            for slot in [slot for slot in cache if last.get((slot.block, slot.step), -1) <= row]:
+                del cache[slot]
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def _last_readers(self, schedule: Schedule) -> dict[tuple[str, int], int]:
+        """By block and row, the last row that may read it."""
+        last: dict[tuple[str, int], int] = {}
+        for row, loads in enumerate(schedule.loads):
+            for block in loads:
+                for source in self.sources(schedule, row, block):
+                    last[source if isinstance(source, tuple) else (block, source)] = row
+        return last
 
     def _graph(self, program: Program, loads: frozenset[str], live_out: tuple[str, ...]) -> CutGraph:
         key = program, loads, live_out

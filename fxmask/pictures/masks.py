@@ -15,7 +15,8 @@ from fxmask.ir.text import ABSENT, BLENDED, FORECAST, STATES, columns_of
 from fxmask.ir.text import FULL as COMPUTED
 from fxmask.pictures.canvas import figure
 
-COLOURS = ("#f7fbff", "#86b4d8", "#4a90c4", "#08306b", "#dddddd")  # evenly spaced in lightness: a grey print tells them apart
+COLOURS = ("#f7fbff", "#86b4d8", "#4a90c4", "#08306b")  # evenly spaced in lightness, so that a grey print tells them apart
+NOT_CALLED = "#dddddd"
 DOTS = {FORECAST: "#08306b", BLENDED: "#ffffff", ABSENT: "#ffffff"}  # colour of the dot in a cell, where cells have room
 DOTTED_CELLS = 4_000  # a map with more has no dots
 NAMED_ROWS = 60  # a map with more names groups of blocks
@@ -96,7 +97,7 @@ def save_counts(mask: Mask, path: str | Path, *, every: int = 5, title: str | No
 
 
 def counts_of(mask: Mask, every: int) -> torch.Tensor:
-    """How often each block computes in every few steps, int64 ``[B, ceil(T / every)]``; with lanes of a mask ``[B * L, ...]``."""
+    """How often each block computes in every few steps, int64 ``[B, ceil(T / every)]``; with lanes ``[B * L, ...]``."""
     computed = (states_of(mask) == COMPUTED) | (states_of(mask) == BLENDED)
     return torch.stack([part.sum(dim=1) for part in torch.split(computed.long(), every, dim=1)], dim=1)
 
@@ -121,7 +122,7 @@ def _draw(mask: Mask, axes: Any, height: float) -> None:
     from matplotlib.colors import ListedColormap
 
     states = states_of(mask)
-    colours = ListedColormap(COLOURS)
+    colours = ListedColormap([*COLOURS, NOT_CALLED])
     axes.imshow(states.numpy(), aspect="auto", cmap=colours, vmin=-0.5, vmax=len(STATES) - 0.5, interpolation="nearest")
     if states.numel() <= DOTTED_CELLS:
         for state, colour in DOTS.items():
@@ -144,7 +145,7 @@ def _legend(mask: Mask) -> list[Any]:
             marker="s",
             linestyle="",
             markersize=8,
-            markerfacecolor=COLOURS[k],
+            markerfacecolor=[*COLOURS, NOT_CALLED][k],
             markeredgecolor="#555555",
             label=STATES[k],
         )

@@ -157,6 +157,26 @@ class Executor:
             del cache[slot]
         return list(results[: graph.num_outputs])
 
+    def run_whole(
+        self, step: int, tensors: Sequence[torch.Tensor], rows: Rows = ()
+    ) -> tuple[list[torch.Tensor], dict[tuple[str, int], torch.Tensor]]:
+        """Run a step that computes everything; return its outputs, and by (block, value) all that any step may read of it.
+
+        Args:
+            step: number of the step.
+            tensors: the program's inputs, in order.
+            rows: from ``begin`` with the same conditioning; without them the call stands alone.
+        """
+        ready = self._ready.get(step) or Executor._prepare(self, step)
+        graph = ready.graph
+        arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
+        if graph.precomputed:
+            row = self.prologues.complete(rows[step], tensors) if rows and ready.timed else rows[step] if rows else None
+            arguments += ready.pick(self.prologues.at(tensors) if row is None else row)
+        run = self.graphs.first_call(self.plan, step, ready.run)
+        results = run(*arguments)
+        return list(results[: graph.num_outputs]), dict(zip(graph.store, results[graph.num_outputs :], strict=True))
+
     def _settle(self, step: int, ready: Ready, results: Sequence[torch.Tensor]) -> frozenset[int]:
         """Note down which stored results lie in larger memory: where a compiler puts them does not change."""
         loose = frozenset(k for k, _ in ready.store if _compact(results[k]) is not results[k])

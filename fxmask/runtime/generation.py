@@ -18,9 +18,10 @@ from fxmask._torch import is_transformed, version_of
 from fxmask.guards.ambient import modes
 from fxmask.guards.watch import WeightsState
 from fxmask.ir.calls import BoundCall
-from fxmask.ir.forecast import Cache
+from fxmask.ir.forecast import Cache, Slot
 from fxmask.ir.rebind import TENSORS
 from fxmask.runtime import clock
+from fxmask.runtime.batched_lanes import Whole
 from fxmask.runtime.checks import RunChecks
 from fxmask.runtime.clock import Clock
 from fxmask.runtime.executor import Executor
@@ -45,6 +46,7 @@ class Course:
     cache: Cache = field(default_factory=dict)
     sample: torch.Tensor | None = None  # of its latest call that began a step
     taken: set[int] = field(default_factory=set)  # numbers of its lanes
+    whole: tuple[Executor, Rows] | None = None  # what runs steps of the whole batch, and what was computed when it began
 
     def stop(self) -> None:
         """Nothing can go on from it."""
@@ -287,7 +289,7 @@ class Generation:
             at = None if found.next is None or found.next >= len(mask.order) else mask.order[found.next]
             if at is None or at[0] != step or at[1] in found.taken or found.sample is None:
                 continue
-            named = lane.name in mask.lanes
+            named = lane.name in mask.lanes and not mask.batched
             if mask.lanes[at[1]] != lane.name if named else not self._is_same_sample(sample, found.sample):
                 continue
             lane.course, lane.number = found, at[1]
@@ -331,7 +333,9 @@ class Generation:
             trial = lane.trial if full else None
             if trial is not None:
                 trial.before(step, course.cache)
-            outputs = executor.run_step(row, tensors, course.cache, lane.rows, exact)
+            outputs = self._part_of_whole(lane, row) if variant.mask.batched else None
+            if outputs is None:
+                outputs = executor.run_step(row, tensors, course.cache, lane.rows, exact)
             if trial is not None:
                 trial.after(step, variant.program, tensors, outputs[0])
         course.next = row + 1
@@ -345,6 +349,38 @@ class Generation:
         if lane.checks is not None and lane.position == variant.mask.num_steps:
             lane.checks.send()
         return outputs
+
+    def _part_of_whole(self, lane: Lane, row: int) -> list[torch.Tensor] | None:
+        """What a step that computes all lanes of one batch makes of a part; ``None`` if the part is computed alone."""
+        whole: Whole | None = self._lane_name.whole
+        if whole is None:
+            return None
+        if row in lane.executor.plan.whole_steps:
+            self._run_whole(lane, row, whole)
+        return whole.outputs.pop(row, None)
+
+    def _run_whole(self, lane: Lane, row: int, whole: Whole) -> None:
+        """Compute one step of the whole batch, store the parts of what later calls read, and keep the parts of the outputs."""
+        course, mask = lane.course, lane.variant.mask
+        variant = self._variants.of(whole.bound)
+        if variant is None or variant.broken_assumption(list(whole.bound.tensors.values()), running=False) is not None:
+            return
+        executor, tensors = variant.executor(course.start), list(whole.bound.tensors.values())
+        if course.whole is None or course.whole[0] is not executor or row == course.start:
+            course.whole = executor, executor.begin(tensors)
+        outputs, stored = executor.run_whole(row, tensors, course.whole[1] if self._is_at(executor, row, whole) else ())
+        size = len(mask.lanes)
+        for k, part in enumerate(zip(*(x.chunk(size) for x in outputs), strict=True)):
+            whole.outputs[row + k] = [x.clone() for x in part]
+        for k in range(size):
+            for block, value in lane.executor.plan.steps[row + k].store:
+                course.cache[Slot(block, value, row + k)] = stored[block, value].chunk(size)[k]
+
+    def _is_at(self, executor: Executor, row: int, whole: Whole) -> bool:
+        """Whether the table of the timestep's values is for this very timestep."""
+        timestep = whole.bound.timestep
+        value = None if timestep is None or not self._clock.knows(timestep) else self._clock.read(timestep)
+        return value is None or executor.prologues.is_exact(row, value)
 
     def _is_over(self, lane: Lane, step: int) -> bool:
         """Whether the rest of a lane's run is computed, because its error is estimated to pass the plan's bound."""

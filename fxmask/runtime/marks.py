@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 G = TypeVar("G")
 PAUSING = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -62,18 +62,23 @@ class LaneName:
     """
 
     def __init__(self) -> None:
-        self._name: contextvars.ContextVar[str | None] = contextvars.ContextVar("fxmask_lane", default=None)
+        self._name: contextvars.ContextVar[tuple[str | None, Any]] = contextvars.ContextVar("fxmask_lane", default=(None, None))
 
     @property
     def now(self) -> str | None:
         """The name here."""
-        return self._name.get()
+        return self._name.get()[0]
+
+    @property
+    def whole(self) -> Any:
+        """What the call is a part of; ``None`` if it is one of its own."""
+        return self._name.get()[1]
 
     @contextlib.contextmanager
-    def called(self, name: str) -> Iterator[None]:
-        """Calls inside are of this lane."""
+    def called(self, name: str, whole: Any = None) -> Iterator[None]:
+        """Calls inside are of this lane, and a part of ``whole``, if that is given."""
         before = self._name.get()
-        self._name.set(name)
+        self._name.set((name, whole))
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ import contextvars
 import copy
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from fxmask.errors import InputError, MaskError
 from fxmask.frontend.capture import capture
 from fxmask.guards.ambient import needs_gradients
 from fxmask.ir.block import Block
-from fxmask.ir.calls import RETURN_DICT
+from fxmask.ir.calls import RETURN_DICT, BoundCall
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
@@ -36,6 +36,7 @@ from fxmask.ir.rebind import Rebinder
 from fxmask.passes.rectify import rectify
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.account import Improver
+from fxmask.runtime.batched_lanes import Whole, joined, parts_of, program_of_a_lane
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
@@ -149,6 +150,7 @@ class AcceleratedModel(torch.nn.Module):
                 f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
             )
         model = program.model
+        program, plan = program_of_a_lane(program, plan)
         self._stand_in_for(model)
         self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks, progress=progress), facts)
 
@@ -313,6 +315,11 @@ class AcceleratedModel(torch.nn.Module):
         if private.variants.background is not None and private.variants.is_waiting(private.bind(args, kwargs)):
             return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
+        mask = generation.variants.plan.mask
+        if mask.batched and private.lanes.whole is None:
+            whole = private.bind(args, kwargs)
+            if not whole.is_list and whole.batch_size % len(mask.lanes) == 0:
+                return self._by_lanes(whole, mask, args, kwargs)
         with torch.no_grad() if recording else NOTHING:
             followed = generation.follow(args, kwargs, recording)
         if followed is not None:
@@ -338,6 +345,15 @@ class AcceleratedModel(torch.nn.Module):
                 return result
             generation.remember(bound, args, kwargs)
             return variant.program.outputs(outputs, bound.arguments.get(RETURN_DICT))
+
+    def _by_lanes(self, whole: BoundCall, mask: Mask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A call that holds all lanes of a mask, part by part."""
+        shared = Whole(whole)
+        outputs = []
+        for name, (some, named) in zip(mask.lanes, parts_of(whole, args, kwargs, len(mask.lanes)), strict=True):
+            with self._fxmask.lanes.called(name, shared):
+                outputs.append(self.forward(*some, **named))
+        return joined(outputs)
 
     @property
     def _stands_aside(self) -> bool:

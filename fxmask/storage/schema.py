@@ -61,6 +61,7 @@ class PlanFile(_Strict, frozen=True):
     facts: dict[str, Any]
     example: Any
     lanes: list[str] = []
+    batched: bool = False
 
 
 class PlanFile1(_Strict, frozen=True):
