@@ -122,7 +122,10 @@ def run_step(program: Program, mask: Mask, step: int, call: Mapping[str, Any], c
     bound = program.signature.bind((), dict(call))
     program.require_assumed(bound, f"step {step}")
     cut = {
-        name: (block.name, i) for block in program.blocks if block.name in mask.blocks for i, name in enumerate(block.values)
+        name: (block.name, i)
+        for block in program.all_blocks
+        if block.name in mask.blocks
+        for i, name in enumerate(block.values)
     }
     computes = dict(zip(mask.blocks, mask.compute[step].tolist(), strict=True))
 

@@ -31,10 +31,13 @@ from fxmask.ir.macs import shape_of
 from fxmask.passes.conditions import functional, has_shapes, one_output_tuple
 from fxmask.passes.dataflow import Dataflow, Values
 from fxmask.passes.find_stages import MIN_BRANCH_SHARE, find_stages
+from fxmask.passes.find_streams import find_streams
 from fxmask.passes.join_branches import choose_nesting, join_branches, merge_small_branches
 from fxmask.passes.name_blocks import block_name, macs_by_module, place_of, unique_names
 from fxmask.passes.observer import graph_pass
 from fxmask.passes.residual_branches import residual_branches
+
+ADDITIVE = ("branch", "stream")  # kinds of blocks whose MACs add up
 
 
 @graph_pass(requires=(functional, has_shapes, one_output_tuple))
@@ -115,11 +118,20 @@ def describe_blocks(
     flow = Dataflow.of(graph)
     nodes = {node.name: node for node in graph.nodes}
     cuts = {b.name: tuple(nodes[v] for v in values[b.name]) for b in blocks}
-    owned = _owned(flow, [cuts[b.name] for b in blocks if b.kind == "branch"])
+    owned = {}
+    for kind in ADDITIVE:
+        owned.update(_owned(flow, [cuts[b.name] for b in blocks if b.kind == kind]))
     stages = [cuts[b.name][-1] for b in blocks if b.kind == "stage"]
     return tuple(
         _block(b.name, b.kind, cuts[b.name], _macs(b.kind, cuts[b.name], flow, owned), flow, stages, batch_size) for b in blocks
     )
+
+
+def describe_streams(graph: fx.Graph, blocks: Sequence[Block], batch_size: int) -> tuple[Block, ...]:
+    """The stream blocks of a graph whose branch blocks are known; see ``find_streams``."""
+    found = dict(find_streams(graph, [block for block in blocks if block.kind == "branch"]))
+    streams = [Block(name, "stream", values, 0, 0) for name, values in found.items()]
+    return describe_blocks(graph, streams, found, batch_size)
 
 
 def _owned(flow: Dataflow, branches: Sequence[Values]) -> dict[Values, list[fx.Node]]:
@@ -140,7 +152,7 @@ def _owned(flow: Dataflow, branches: Sequence[Values]) -> dict[Values, list[fx.N
 
 
 def _macs(kind: str, values: Values, flow: Dataflow, owned: Mapping[Values, Sequence[fx.Node]]) -> int:
-    return sum(flow.macs[node] for node in owned[values]) if kind == "branch" else flow.saving(values)
+    return sum(flow.macs[node] for node in owned[values]) if kind in ADDITIVE else flow.saving(values)
 
 
 def _outputs(graph: fx.Graph, flow: Dataflow, sample: fx.Node) -> Values:

@@ -40,7 +40,9 @@ class Phase:
 
 
 PIPELINE = (
-    Phase("capture", "once per form of call", ("functionalize", "(remove_dead)", "find_blocks", "choose_layouts")),
+    Phase(
+        "capture", "once per form of call", ("functionalize", "(remove_dead)", "find_blocks", "find_streams", "choose_layouts")
+    ),
     Phase("learn (paper)", "once", ("insert_soft_mask",)),
     Phase("learn", "once per set of formed blocks", ("(merge_common)", "(remove_dead)")),
     Phase("plan", "once per mask and start", ("rectify",)),

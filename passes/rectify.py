@@ -112,7 +112,7 @@ class StepLiveness:
 
 
 def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
-    known = {block.name: block for block in program.blocks}
+    known = {block.name: block for block in program.all_blocks}
     missing = [name for name in mask.blocks if name not in known]
     if missing:
         raise MaskError(f"the mask names blocks that the program does not have: {missing[:5]}; its blocks are {list(known)}")
@@ -126,7 +126,7 @@ def _listed_blocks(program: Program, mask: Mask) -> list[Block]:
 
 def _check_sources_are_listed(program: Program, mask: Mask) -> None:
     """Blocks that are not listed are never cut, so nothing is stored of them; the sample always may be read."""
-    known = {block.name for block in program.blocks}
+    known = {block.name for block in program.all_blocks}
     for (step, name), terms in (mask.forecast.terms if mask.forecast else {}).items():
         for source, _ in terms:
             other, at = (source[0], source[1]) if isinstance(source, tuple) else (name, source)
@@ -225,7 +225,7 @@ def _shared_live_outs(
     everything returns every value that any step loads: one graph then serves the first step of a run, a run that
     starts in the middle, and calls that no plan covers.
     """
-    order = [(b.name, i) for b in (program.input_block, *program.blocks) for i in range(len(b.values))]
+    order = [(b.name, i) for b in (program.input_block, *program.all_blocks) for i in range(len(b.values))]
     loaded = {value for read in reads for value in read}
     wanted: dict[object, set[tuple[str, int]]] = {}
     for step in range(start, len(rows)):

@@ -15,7 +15,7 @@ from fxmask.ir.macs import count_attention_macs, count_macs
 from fxmask.ir.outputs import OutputSpec
 from fxmask.ir.program import Program
 from fxmask.passes.choose_layouts import choose_layouts
-from fxmask.passes.find_blocks import find_blocks
+from fxmask.passes.find_blocks import describe_streams, find_blocks
 
 UNVERIFIED = "torch.export (fake tensors, not verified)"
 
@@ -34,6 +34,7 @@ def assemble_program(
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     samples = [placeholders[inputs.index(name)] for name in bound.samples]
     blocks = find_blocks(module.graph, samples, bound.batch_size)
+    streams = describe_streams(module.graph, blocks, bound.batch_size)
     choose_layouts(module)
     weights = {str(node.target): attribute(module, node) for node in module.graph.nodes if node.op == "get_attr"}
     return Program(
@@ -44,6 +45,7 @@ def assemble_program(
         outputs=outputs,
         roles={name: role_of(name, signature, roles) for name in inputs},
         blocks=blocks,
+        streams=streams,
         macs=sum(count_macs(node) for node in module.graph.nodes),
         attention_macs=sum(count_attention_macs(node) for node in module.graph.nodes),
         model=model,

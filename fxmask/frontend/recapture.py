@@ -58,18 +58,21 @@ def _carry_blocks(program: Program, fresh: Program, needed: Collection[str] | No
     new = [node for node in fresh.graph_module.graph.nodes if node.op == "call_function"]
     if [str(node.target) for node in old] == [str(node.target) for node in new]:
         twins = {a.name: b.name for a, b in zip(old, new, strict=True)}
-        values = {block.name: tuple(twins[v] for v in block.values) for block in program.blocks}
-        blocks = describe_blocks(fresh.graph_module.graph, program.blocks, values, fresh.batch_size)
+        values = {block.name: tuple(twins[v] for v in block.values) for block in program.all_blocks}
+        described = describe_blocks(fresh.graph_module.graph, program.all_blocks, values, fresh.batch_size)
+        blocks, streams = described[: len(program.blocks)], described[len(program.blocks) :]
     else:
-        by_name = {block.name: block for block in fresh.blocks}
-        missing = [block.name for block in program.blocks if not _same_kind(block, by_name.get(block.name))]
+        by_name = {block.name: block for block in fresh.all_blocks}
+        gone = [block for block in program.all_blocks if not _same_kind(block, by_name.get(block.name))]
+        missing = [block.name for block in gone if block.kind != "stream" or block.name in (needed or ())]
         if missing and (needed is None or not set(missing).isdisjoint(needed)):
             raise CaptureError(
                 f"captured again, {type(program.model).__name__} has no blocks {missing[:5]}, so its mask does not fit; "
                 "accelerate the model again for this form of call"
             )
-        blocks = tuple(by_name[block.name] for block in program.blocks if block.name not in missing)
-    return replace(fresh, blocks=blocks, fingerprint=program.fingerprint, symbolic=program.symbolic)
+        blocks = tuple(by_name[block.name] for block in program.blocks if block not in gone)
+        streams = tuple(by_name[block.name] for block in program.streams if block not in gone)
+    return replace(fresh, blocks=blocks, streams=streams, fingerprint=program.fingerprint, symbolic=program.symbolic)
 
 
 def _as_captured(program: Program) -> bool:

@@ -12,10 +12,11 @@ class Block:
     Attributes:
         name: module path of what the block computes, e.g. ``transformer_blocks.3.attn1``.
         kind: ``"branch"`` (residual branches; disjoint from each other), ``"stage"`` (a value of the whole stream,
-            e.g. the output of a U-Net level) or ``"output"`` (what the denoiser returns).
+            e.g. the output of a U-Net level), ``"output"`` (what the denoiser returns) or ``"stream"`` (the stream after a
+            branch, the paper's block).
         values: names of the cut values, nodes of the program's graph.
         macs: multiply-accumulates per call, at the captured batch size, that die when the block is skipped; for a branch
-            without those that another branch owns, so that the branches' MACs add up.
+            or a stream without those that another one owns, so that their MACs add up.
         bytes: bytes per sample of the cut values.
         operator: what computes the (last) cut value, e.g. ``aten.cat``.
         place: of a stage: ``"out of up_blocks.1"``, ``"into up_blocks.2"`` or ``"inside up_blocks.2"``.

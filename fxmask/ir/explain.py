@@ -88,7 +88,7 @@ def _terms(plan: Plan, load: Load) -> str:
 
 def _why(program: Program, value: str, live: set[str], given: set[str]) -> str:
     """Which loaded values stand between a dead one and the outputs."""
-    owner = {v: block.name for block in program.blocks for v in block.values}
+    owner = {v: block.name for block in program.all_blocks for v in block.values}
     found: dict[str, None] = {}
     seen: set[fx.Node] = set()
     stack = [program.node(value)]

@@ -39,6 +39,7 @@ class Program:
         roles: of each input: ``"sample"``, ``"timestep"``, ``"conditioning"`` (constant over a generation) or
             ``"step"`` (changes at every step).
         blocks: what can be skipped, in graph order.
+        streams: the paper's blocks, values after a residual addition, which a mask may list in place of the branches.
         macs: multiply-accumulates of one call at the captured batch size; ``attention_macs`` of them in attention.
         model: the denoiser.
         rung: the way of capture that worked.
@@ -71,11 +72,17 @@ class Program:
     ambient: Ambient | None = field(repr=False, default=None)
     assumptions: Assumptions | None = field(repr=False, default=None)
     given_roles: Mapping[str, str] = field(repr=False, default_factory=dict)
+    streams: tuple[Block, ...] = field(repr=False, default=())
 
     @property
     def batch_size(self) -> int:
         """Batch size of the captured call."""
         return self.example.batch_size
+
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """Everything that a mask may list: the blocks, then the streams."""
+        return self.blocks + self.streams
 
     @property
     def branches(self) -> tuple[Block, ...]:
@@ -164,7 +171,7 @@ class Program:
 
     @functools.cached_property
     def _blocks_by_name(self) -> dict[str, Block]:
-        return {block.name: block for block in self.blocks}
+        return {block.name: block for block in self.all_blocks}
 
     @functools.cached_property
     def _nodes_by_name(self) -> dict[str, fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fxmask.errors import OutcomeError
 from fxmask.ir.plan import Plan
@@ -21,6 +21,7 @@ class Effort:
         rounds: of refinement.
         finalists: how many schedules are refined and compared on held-out noise.
         instant: how many plans of recorded runs alone are tried, for each number of full steps.
+        lanes: units beyond ``units`` for plans in which the lanes of guidance have rows of their own, 0: they are not tried.
     """
 
     units: float
@@ -31,10 +32,11 @@ class Effort:
     rounds: int
     finalists: int
     instant: int = 3
+    lanes: float = field(default=0.0, repr=False)  # checkpoints of before know effort by its other fields
 
 
 EFFORTS = {
-    "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3),
+    "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3, lanes=60.0),
     "quick": Effort(units=18.0, kinds=3, starts=0, levels=0, search=0.0, rounds=1, finalists=1),
 }
 

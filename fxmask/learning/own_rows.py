@@ -21,9 +21,11 @@ from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.finalists import refine_finalists
+from fxmask.learning.journal import Journal
 from fxmask.learning.lane_moments import LaneMoments, Rows, indices
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
+from fxmask.learning.progress import Progress
 from fxmask.learning.schedule import Origin, Schedule, lane_sources
 from fxmask.learning.student import Student, output_blocks
 from fxmask.sampling.sampler import Sampler
@@ -63,6 +65,11 @@ class OwnRows:
         self.student: Student = measured.student
         self.lanes = len(self.student.trajectories[0].calls[0])
         self._output = frozenset(block.name for block in output_blocks(self.student.program))
+
+    @property
+    def can_form(self) -> bool:
+        """Whether there is a whole output of the samples' shape to forecast."""
+        return len(self._output) == 1 and all(map(self.student.reads_samples, self._output))
 
     def best(self, budget: float, alike: Sequence[Schedule], effort: Effort, units: float) -> ParetoPoint | None:
         """The best plan for a fraction of the full run's MACs; ``None`` if there is none.
@@ -181,10 +188,36 @@ def _evenly(steps: int, count: int) -> set[int]:
     return chosen if len(chosen) == count else set(range(count))
 
 
-def student_of(views: Sequence[Sampler], make: type[Student], program: Program, **options: object) -> Student | None:
-    """A student of the views; ``None`` if a lane cannot be captured with the blocks of the whole."""
+def own_rows(
+    program: Program,
+    learned: Sequence[Sampler],
+    held_out: Sequence[Sampler],
+    journal: Journal,
+    progress: Progress,
+    limits: Limits,
+    seed: int,
+    deployed: Program | None = None,
+) -> OwnRows | None:
+    """What searches plans with rows for each lane; ``None`` if there is one lane, or a part cannot be captured alike.
+
+    Args:
+        program: the captured denoiser.
+        learned: runs that are learned from.
+        held_out: runs that judge.
+        journal: keeps what is measured.
+        progress: is told of every rollout.
+        limits: that plans keep.
+        seed: of local search.
+        deployed: the program that will run, if that is another one.
+    """
+    views = [views_of(runs, program) for runs in (learned, held_out)]
+    if views[0] is None or views[1] is None:
+        return None
     try:
-        return make(program, views, **options)  # type: ignore[arg-type]
+        student, judge = (Student(program, runs, deployed=deployed) for runs in views if runs is not None)
     except (InputError, CaptureError) as error:
         logger.info("lanes have no rows of their own: %s", error)
         return None
+    measured = Measured(student, judge, journal, progress, starts=0, seed=seed)
+    found = OwnRows(measured, limits, seed)
+    return found if found.can_form else None

@@ -44,6 +44,7 @@ from fxmask.learning.levels import BENDS, Level, evenly, levels_of
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.outcome import TOLERANCE
+from fxmask.learning.own_rows import OwnRows, own_rows
 from fxmask.learning.pieces import split
 from fxmask.learning.place import place, place_mixed
 from fxmask.learning.place_blocks import place_blocks
@@ -66,6 +67,7 @@ CHEAP = 0.1  # of a step: levels that cost less may take turns at equal cost
 FAILURES = 60  # of local search in a row, after which it ends
 GAIN = 0.02  # dB: local search goes on from a neighbour that is better by this much
 NOTICED = 0.1  # dB: by so much fewer steps must be better to be mentioned
+LEAD = 0.1  # dB: by so much such a plan must be better on held-out images
 JUDGING = 6.0  # units that are kept for judging few images by turns
 BISECTIONS = 6  # of the budget for an error
 
@@ -87,6 +89,8 @@ class Search:
         backend: what latencies are measured with.
         room: how many bytes learning may take; without bound, if not given.
         deployed: the program that will run, if that is another one than is learned from.
+        lanes: ``"own"``: plans in which the lanes of guidance have rows of their own are among the candidates; ``"alike"``:
+            they are not.
 
     Raises:
         InputError: the trajectories do not belong together, or are too few for the ranks.
@@ -106,6 +110,7 @@ class Search:
         backend: str = "auto",
         room: Room | None = None,
         deployed: Program | None = None,
+        lanes: str = "own",
     ) -> None:
         _check_together(trajectories)
         group = Group.current()
@@ -115,6 +120,7 @@ class Search:
         self.few = sum(t.batch_size for t in trajectories) < FEW
         learned, held_out = _shares(program, trajectories, group, seed, self.few)
         self.recorded = RecordedPlans(program, learned, held_out)
+        held_whole = list(held_out)
         training, judges = group.share(learned), group if len(held_out) >= group.size else None
         held_out = group.share(held_out) if judges else held_out
         self.effort = effort
@@ -136,6 +142,11 @@ class Search:
         journal = Journal(checkpoint, group.agree(identity), group, old_identity)
         self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed)
         self.student, self.judge = student, judge
+        self.apart: OwnRows | None = None
+        # Of few images every one judges what it had no part in, which is not done for lanes; with noise injected, forecasts of
+        # outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
+        if lanes == "own" and effort.lanes and not self.few and not self.stochastic and cost == "macs" and group.size == 1:
+            self.apart = own_rows(program, learned, held_whole, journal, self.progress, limits, seed, deployed)
         if cost == "latency":
             seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
             student.price_by(per_step(student.deployed, seconds))
@@ -183,6 +194,9 @@ class Search:
             )
         best, chosen = self._best_of_few(finalists, started) if self.few else self._best_of_many(finalists, started)
         chosen = replace(chosen, fewer_steps=self._compare_with_fewer_steps(chosen, budget))
+        apart = self._best_of_lanes(budget, finalists)
+        if apart is not None and apart.decibels < chosen.decibels - LEAD:
+            return replace(apart, fewer_steps=chosen.fewer_steps, units=measured.units + apart.units - started)
         try:
             if self.effort.rounds >= 2 and not self.few:
                 refitted = refit_on_held_out(measured, best, chosen.decibels)
@@ -190,6 +204,19 @@ class Search:
         except KeyboardInterrupt:
             logger.warning("learning was interrupted before its last step of refinement")
         return replace(chosen, units=measured.units - started)
+
+    def _best_of_lanes(self, budget: float, finalists: Sequence[Candidate]) -> ParetoPoint | None:
+        """The best plan whose lanes have rows of their own, starting from the finalists without; ``None`` if there is none."""
+        if self.apart is None:
+            return None
+        units, searched = self.effort.lanes, self.apart.measured
+        begun = searched.units
+        with self.progress.bar(f"lanes apart, {1 / budget:.3g}x", units, lambda: searched.units - begun):
+            try:
+                return self.apart.best(budget, [c.schedule for c in finalists], self.effort, units)
+            except KeyboardInterrupt:
+                logger.warning("learning was interrupted; plans whose lanes differ are left out")
+                return None
 
     def _best_of_many(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
         """All images count: which images are hard differs more between batches than plans of nearly equal quality do."""

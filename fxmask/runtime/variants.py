@@ -295,7 +295,7 @@ class Variants:
 
     def _has_blocks(self, program: Program) -> bool:
         """Whether the mask fits: a program of a call that leaves layers out has not all blocks."""
-        return {block.name for block in program.blocks}.issuperset(self.plan.source.blocks)
+        return {block.name for block in program.all_blocks}.issuperset(self.plan.source.blocks)
 
     def _adopt(self, variant: Variant, other: Variants) -> Variant:
         """A variant of another plan's, with this plan."""

@@ -42,7 +42,7 @@ def block_values(
         InputError: a block is unknown, or the trajectory has other shapes than the program.
     """
     named = [block.name for block in program.blocks] if blocks is None else list(blocks)
-    unknown = [name for name in named if name not in {"input", *(block.name for block in program.blocks)}]
+    unknown = [name for name in named if name not in {"input", *(block.name for block in program.all_blocks)}]
     if unknown:
         raise InputError(f"the program has no blocks {unknown[:5]}; print(program) lists them")
     wanted: dict[str, list[str]] = {}

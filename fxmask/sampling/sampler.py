@@ -78,6 +78,14 @@ class ChangesType(Protocol):
 
 
 @runtime_checkable
+class Renews(Protocol):
+    """A sampler that can run from noise of its own at every pass, and keeps nothing of it."""
+
+    def fresh_loop(self, seed: int) -> Loop:
+        """The sampler as a generator, as ``Sampler.loop``, with the same conditioning and other noise."""
+
+
+@runtime_checkable
 class Splits(Protocol):
     """A sampler whose batch can be taken apart."""
 

@@ -55,6 +55,19 @@ class Trajectory(Recording):
                 x = step_scheduler(scheduler, sampler_prediction(output, x, scheduler), timestep, x, self.step_kwargs)
         return x
 
+    def fresh_loop(self, seed: int) -> Loop:
+        """The sampler as a generator, with the same conditioning and noise drawn from ``seed``; nothing is kept of the run."""
+        scheduler, generator = copy.deepcopy(self.scheduler), torch.Generator().manual_seed(seed)
+        scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        x = scale * torch.randn(self.initial_noise.shape, generator=generator).to(self.initial_noise)
+        options = _with_generator(scheduler, self.step_kwargs, generator)
+        for i, timestep in enumerate(scheduler.timesteps):
+            (call,) = self.calls[i]
+            output = yield {**call, self.sample: scale_input(scheduler, x, timestep)}
+            with torch.no_grad():
+                x = step_scheduler(scheduler, sampler_prediction(output, x, scheduler), timestep, x, options)
+        return x
+
     @property
     def can_change_steps(self) -> bool:
         """Whether ``with_steps`` works: the scheduler can be set to another number of steps."""
@@ -182,9 +195,7 @@ def _sample(
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     start = copy.deepcopy(scheduler)
     initial = x.clone()
-    options = dict(step_kwargs)
-    if "generator" in inspect.signature(scheduler.step).parameters and "generator" not in options:
-        options["generator"] = generator
+    options = _with_generator(scheduler, step_kwargs, generator)
     calls, outputs, noises, values = [], [], [], []
     for i, timestep in enumerate(scheduler.timesteps):
         call = dict(template)
@@ -211,3 +222,9 @@ def _sample(
         step_kwargs=dict(step_kwargs),
         sample=signature.sample,
     )
+
+
+def _with_generator(scheduler: Any, step_kwargs: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """The arguments of ``scheduler.step`` besides, with a generator where it takes one and none is given."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters and "generator" not in step_kwargs
+    return {**step_kwargs, **({"generator": generator} if takes else {})}

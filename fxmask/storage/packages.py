@@ -109,7 +109,7 @@ def _program_to_data(program: Program, weights: Mapping[str, Any]) -> dict[str, 
     return {
         "inputs": program.inputs,
         "roles": dict(program.roles),
-        "blocks": [dataclasses.asdict(block) for block in program.blocks],
+        "blocks": [dataclasses.asdict(block) for block in program.all_blocks],
         "macs": program.macs,
         "attention_macs": program.attention_macs,
         "rung": program.rung,
@@ -232,11 +232,12 @@ def _program(
 ) -> Program:
     """The captured program; how its outputs are put together is not known yet."""
     module = graph_from_data(data.graph, attributes, device)
-    blocks = tuple(map(_block, data.blocks))
+    listed = tuple(map(_block, data.blocks))
+    blocks = tuple(block for block in listed if block.kind != "stream")
     fingerprint = fingerprint_of(module, blocks)
     if mask.fingerprint not in (fingerprint, fingerprint_1(module, blocks)):
         raise ValueError(f"its graph does not have the plan's fingerprint {mask.fingerprint}")
-    _check_blocks(module, blocks)
+    _check_blocks(module, listed)
     signature = _signature(data.signature, model)
     try:
         bound = signature.bind((), pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example))
@@ -263,6 +264,7 @@ def _program(
         verified=True,  # it was when it was captured; ``LoadedPackage.compare`` does it again
         fingerprint=fingerprint,
         weights=attributes,
+        streams=tuple(block for block in listed if block.kind == "stream"),
     )
 
 

@@ -72,7 +72,7 @@ def refuse_other_program(folder: str | Path, mask: Mask, facts: Mapping[str, Any
     """
     if _is_of(mask, program):
         return
-    names = {b.name for b in program.blocks}
+    names = {b.name for b in program.all_blocks}
     missing = [name for name in mask.blocks if name not in names]
     raise MaskError(
         f"the plan in {folder} was made for another model: {facts['model']} with fingerprint {mask.fingerprint}, this "

@@ -14,6 +14,7 @@ from fxmask.tools.bench_command import bench_command
 from fxmask.tools.break_even import break_even_command
 from fxmask.tools.command_line import FINE, WRONG, in_one_line, invoke, quiet_libraries, said
 from fxmask.tools.commands.demo import demo_command
+from fxmask.tools.commands.evaluate import evaluate_command
 from fxmask.tools.commands.inspect import inspect_command, summary_command
 from fxmask.tools.commands.learn import learn_command
 from fxmask.tools.commands.pareto import pareto_command
@@ -22,7 +23,7 @@ from fxmask.tools.commands.show import show_command
 
 COMMANDS = (
     *(demo_command, inspect_command, learn_command, show_command, run_command),
-    *(pareto_command, bench_command, break_even_command, summary_command),
+    *(pareto_command, evaluate_command, bench_command, break_even_command, summary_command),
 )
 
 

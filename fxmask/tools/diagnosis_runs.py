@@ -109,7 +109,7 @@ def check_mask(program: Program, mask: Mask) -> None:
     Raises:
         MaskError: the mask names blocks or values that the program does not have, or was made for another program.
     """
-    known = {block.name: block for block in (program.input_block, *program.blocks)}
+    known = {block.name: block for block in (program.input_block, *program.all_blocks)}
     unknown = [name for name in mask.blocks if name not in known]
     if unknown:
         raise MaskError(f"the mask names blocks that the program does not have: {unknown[:5]}")

@@ -40,7 +40,7 @@ class Demand:
 
 def demand_of(program: Program, mask: Mask) -> Demand:
     """What each step of a masked run must compute, load and blend, found by following every value to its sources."""
-    values = {(block.name, i): name for block in program.blocks for i, name in enumerate(block.values)}
+    values = {(block.name, i): name for block in program.all_blocks for i, name in enumerate(block.values)}
     cut = {name: at for at, name in values.items() if at[0] in mask.blocks}
     values[INPUT, 0] = program.input_block.values[0]
     nodes = {node.name: node for node in program.graph_module.graph.nodes}

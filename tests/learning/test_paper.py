@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import ddim, tiny_unet
 
 import fxmask
 from fxmask import OutcomeError
-from fxmask.learning.paper import scores as paper
-from fxmask.learning.paper.budget import Budget
+from fxmask.learning.paper import passes as paper
+from fxmask.learning.paper.budget import StreamBudget
 from fxmask.learning.paper.learner import rollout_error
+from fxmask.learning.paper.live_cost import LiveCost
 from fxmask.learning.paper.options import PaperOptions
-from fxmask.learning.paper.scores import learn_scores, step_weights
+from fxmask.learning.paper.scores import ScoreLearner, _smoothed, measured_weights, step_weights
 
 QUICK = PaperOptions(epochs=3)
 
@@ -27,7 +32,15 @@ def test_outcome_is_met_after_rectification(dit_trajectory, dit_program, outcome
     wanted = outcome.get("speedup") or 1 / outcome["macs"]
     assert plan.mac_ratio == pytest.approx(wanted, rel=0.03)
     assert mask.timesteps == trajectory.timesteps
+    assert set(mask.blocks) == {b.name for b in dit_program.streams}
+
+
+def test_branch_blocks_are_an_option(dit_trajectory, dit_program):
+    _, trajectory = dit_trajectory
+    branches = PaperOptions(epochs=3, blocks="branch")
+    mask = fxmask.learn(dit_program, trajectory, speedup=1.5, learner="paper", options=branches)
     assert set(mask.blocks) == {b.name for b in dit_program.branches}
+    assert fxmask.rectify(dit_program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
 
 
 def test_same_seed_same_mask(dit_trajectory, dit_program):
@@ -51,8 +64,8 @@ def test_max_graphs(unet_trajectory, unet_program, max_graphs):
 def test_learning_beats_chance(dit_trajectory, dit_program):
     """The learned mask is better than the mean of random masks of the same cost."""
     _, trajectory = dit_trajectory
-    learned = fxmask.learn(dit_program, trajectory, speedup=1.4, learner="paper")
-    budget = Budget.of(dit_program, trajectory.num_steps)
+    learned = fxmask.learn(dit_program, trajectory, speedup=1.4, learner="paper", options=PaperOptions(epochs=30))
+    budget = StreamBudget(dit_program, trajectory.timesteps)
     errors = []
     for seed in range(8):
         rank = torch.rand(learned.compute.shape, generator=torch.Generator().manual_seed(seed))
@@ -82,7 +95,7 @@ def test_program_of_another_batch_size(dit_trajectory, dit_program):
 def test_interrupted_learning_keeps_what_it_has(dit_trajectory, dit_program, monkeypatch, caplog):
     _, trajectory = dit_trajectory
     steps = 0
-    original = paper._step
+    original = paper.soft_step
 
     def interrupt(*args, **kwargs):
         nonlocal steps
@@ -91,27 +104,20 @@ def test_interrupted_learning_keeps_what_it_has(dit_trajectory, dit_program, mon
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(paper, "_step", interrupt)
+    monkeypatch.setattr(paper, "soft_step", interrupt)
     mask = fxmask.learn(dit_program, trajectory, speedup=1.5, learner="paper")
     assert "interrupted" in caplog.text
     assert fxmask.rectify(dit_program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
 
 
-def test_step_weights_are_those_of_the_paper(unet_trajectory):
+def test_step_weights_are_those_of_the_paper():
     """Eq. 9 and 10, on outputs made so that delta / max delta is 1, 0.55, 0.3, 0.05."""
-    import dataclasses
-
-    _, trajectory = unet_trajectory
-    e0 = torch.tensor([[0.0, 10.0]])
-
-    def change(e: torch.Tensor, delta: float) -> torch.Tensor:  # ||e' - e|| / ||e'|| = delta, orthogonal to a long e
-        return e / (1 - delta)
-
-    outputs = [e0]
+    outputs = [torch.tensor([[0.0, 10.0]])]
     for delta in (0.4, 0.22, 0.12, 0.02):
-        outputs.append(change(outputs[-1], delta))
-    weights = step_weights(dataclasses.replace(trajectory, outputs=tuple((e,) for e in outputs)))
-    assert weights.tolist() == [1.0, 1.0, 1.0, 1.5, 2.0]
+        outputs.append(outputs[-1] / (1 - delta))  # ||e' - e|| / ||e'|| = delta
+    changes = [paper.relative_change(before, now) for before, now in zip([None, *outputs], outputs, strict=False)]
+    assert changes == pytest.approx([0.0, 0.4, 0.22, 0.12, 0.02], abs=1e-6)
+    assert step_weights(torch.tensor(changes)).tolist() == [1.0, 1.0, 1.0, 1.5, 2.0]
 
 
 def test_memory_of_a_soft_step_is_one_step():
@@ -121,11 +127,11 @@ def test_memory_of_a_soft_step_is_one_step():
     model = tiny_unet()
     trajectory = fxmask.record(model, ddim(), num_inference_steps=3, batch_size=2)
     program = fxmask.capture(model, trajectory.calls[0][0])
-    soft = insert_soft_mask(program, program.branches)
+    soft = insert_soft_mask(program, program.streams)
     inputs = tuple(program.signature.bind((), dict(trajectory.calls[0][0])).tensors.values())
-    scores = torch.full((len(soft.blocks),), 0.7, requires_grad=True)
-    _, caches, _ = paper._step(soft, inputs, scores, soft.empty_caches(program), trajectory.outputs[0][0], False)
-    assert all(not cache.requires_grad for cache in caches)
+    scores = torch.full((len(soft.blocks),), 0.7)
+    _, caches, _, student = paper.soft_step(soft, inputs, scores, soft.empty_caches(program), trajectory.outputs[0][0], False)
+    assert all(not cache.requires_grad for cache in [*caches, student])
 
 
 def test_unreachable_speedup_says_what_is_reachable(dit_trajectory, dit_program):
@@ -146,24 +152,177 @@ def test_no_branches_is_an_error():
     model = Plain().eval()
     trajectory = fxmask.record(model, ddim(), num_inference_steps=3, batch_size=2, example_inputs={"x": torch.randn(2, 4)})
     program = fxmask.capture(model, trajectory.calls[0][0])
-    with pytest.raises(OutcomeError, match="no residual branch"):
+    with pytest.raises(OutcomeError, match="no residual stream"):
         fxmask.learn(program, trajectory, learner="paper")
 
 
-@pytest.mark.parametrize("ablation", [{"gumbel": True}, {"weighted": False}, {"bimodal": 0.0}])
+ABLATIONS = [
+    {"gumbel": True},
+    {"sampling": "bernoulli"},
+    {"weighted": False},
+    {"bimodal": 0.0},
+    {"inputs": "student"},
+    {"fresh": False},
+    {"cost": "live"},
+]
+
+
+def scores_of(program, runs, budget=0.6, seed=0, checkpoint=None, **options):
+    learner = learner_of(program, runs, budget, seed, checkpoint, **options)
+    return learner.learn(progress=False)
+
+
+def learner_of(program, runs, budget=0.6, seed=0, checkpoint=None, **options):
+    kept = StreamBudget(program, runs[0].timesteps).kept
+    return ScoreLearner(program, runs, program.streams, kept, budget, PaperOptions(**options), seed, checkpoint)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS, ids=str)
 def test_ablations_meet_the_outcome_with_another_mask(dit_trajectory, dit_program, ablation):
     _, trajectory = dit_trajectory
-    whole = learn_scores(dit_program, trajectory, 0.6, 0, False, PaperOptions(epochs=4))
-    scores = learn_scores(dit_program, trajectory, 0.6, 0, False, PaperOptions(epochs=4, **ablation))
+    whole = scores_of(dit_program, [trajectory], epochs=4)
+    scores = scores_of(dit_program, [trajectory], epochs=4, **ablation)
     assert not torch.equal(whole.values, scores.values)
     mask = fxmask.learn(dit_program, trajectory, speedup=1.5, learner="paper", options=PaperOptions(epochs=3, **ablation))
     assert fxmask.rectify(dit_program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
 
 
-def test_memory_does_not_grow_with_the_number_of_steps(monkeypatch):
+def test_every_pass_draws_other_noise(unet_trajectory, unet_program, monkeypatch):
+    """The teacher's inputs at the first step of each pass, and of none the recorded one."""
+    _, trajectory = unet_trajectory
+    firsts = []
+    original = paper.soft_step
+
+    def watched(soft, inputs, scores, caches, target, first):
+        firsts.extend([inputs[0].clone()] if first else [])
+        return original(soft, inputs, scores, caches, target, first)
+
+    monkeypatch.setattr(paper, "soft_step", watched)
+    scores_of(unet_program, [trajectory], epochs=3)
+    assert len(firsts) == 3
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([*firsts, trajectory.initial_noise], 2))
+    firsts.clear()
+    scores_of(unet_program, [trajectory], epochs=2, fresh=False)
+    assert all(torch.equal(x, trajectory.initial_noise) for x in firsts)
+
+
+def test_a_fresh_loop_is_a_run_of_the_sampler(dit_trajectory):
+    """Without keeping anything, the same run as a recording from the same seed; other seeds make others."""
+    model, trajectory = dit_trajectory
+    finals = []
+    for seed in (5, 5, 6):
+        loop = trajectory.fresh_loop(seed)
+        call = next(loop)
+        try:
+            while True:
+                with torch.no_grad():
+                    call = loop.send(model(**call).sample)
+        except StopIteration as end:
+            finals.append(end.value)
+    assert torch.equal(finals[0], finals[1])
+    assert not torch.equal(finals[0], finals[2])
+    assert torch.equal(finals[0], trajectory.renoised(model, 5).final)
+
+
+def test_runs_take_turns(dit_trajectory, dit_program, monkeypatch):
+    """Conditioning of every recorded run is used."""
+    model, trajectory = dit_trajectory
+    other = fxmask.record(
+        model, ddim(), num_inference_steps=6, batch_size=2, example_inputs={"class_labels": torch.tensor([7, 7])}
+    )
+    seen = []
+    original = paper.soft_step
+
+    def watched(soft, inputs, *rest):
+        seen.append(tuple(x.tolist() for x in inputs if x.dtype == torch.int64 and x.dim() == 1 and len(x) == 2))
+        return original(soft, inputs, *rest)
+
+    monkeypatch.setattr(paper, "soft_step", watched)
+    other = dataclasses.replace(other, timesteps=trajectory.timesteps)
+    scores_of(dit_program, [trajectory, other], epochs=2)
+    assert any([7, 7] in x for x in seen[6:])
+    assert not any([7, 7] in x for x in seen[:6])
+
+
+def test_a_fixed_strength_leaves_the_speed_up_open(dit_trajectory, dit_program):
+    _, trajectory = dit_trajectory
+
+    def ratio(strength: float) -> float:
+        options = PaperOptions(epochs=25, strength=strength)
+        mask = fxmask.learn(dit_program, trajectory, learner="paper", options=options)
+        return fxmask.rectify(dit_program, mask).mac_ratio
+
+    assert ratio(1e-6) < ratio(10.0)
+    with pytest.raises(OutcomeError, match=r"strength=0.1\) fixes lambda1.*drop speedup="):
+        fxmask.learn(dit_program, trajectory, speedup=2.0, learner="paper", options=PaperOptions(strength=0.1))
+
+
+def test_learning_stops_when_the_mask_does_not_change(dit_trajectory, dit_program):
+    _, trajectory = dit_trajectory
+    stopped = scores_of(dit_program, [trajectory], epochs=60, strength=10.0, patience=5)
+    assert 20 <= stopped.passes < 60
+    assert scores_of(dit_program, [trajectory], epochs=30, strength=10.0, patience=0).passes == 30
+
+
+@pytest.mark.parametrize("sampling", ["start", "bernoulli"])
+def test_a_checkpoint_goes_on_bit_for_bit(dit_trajectory, dit_program, tmp_path, sampling):
+    _, trajectory = dit_trajectory
+    options = {"epochs": 6, "sampling": sampling}
+    whole = scores_of(dit_program, [trajectory], **options)
+    first = learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **options)
+    for _ in range(3):
+        first._one(6)
+    again = learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **options)
+    assert again.state.passes == 3
+    assert torch.equal(again.learn(progress=False).values, whole.values)
+    with pytest.raises(fxmask.InputError, match="belongs to another run"):
+        learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", epochs=7)
+    (tmp_path / "state").write_bytes(b"no checkpoint")
+    with pytest.raises(fxmask.InputError, match="is damaged"):
+        learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **options)
+
+
+def test_bytes_of_caches_are_kept(unet_trajectory, unet_program):
+    _, trajectory = unet_trajectory
+    free = fxmask.rectify(
+        unet_program, fxmask.learn(unet_program, trajectory, speedup=1.2, learner="paper", options=QUICK)
+    ).peak_cache_bytes
+    bound = int(0.8 * free)
+    mask = fxmask.learn(unet_program, trajectory, speedup=1.2, max_cache_bytes=bound, learner="paper", options=QUICK)
+    plan = fxmask.rectify(unet_program, mask)
+    assert plan.peak_cache_bytes <= bound
+    assert plan.mac_ratio == pytest.approx(1.2, rel=0.03)
+    with pytest.raises(OutcomeError, match="max_cache_bytes=1;"):
+        fxmask.learn(unet_program, trajectory, speedup=1.2, max_cache_bytes=1, learner="paper", options=QUICK)
+
+
+def test_two_lanes_have_caches_of_their_own(dit_trajectory, dit_program):
+    """Guidance as two calls a step: the gradient is the mean of what each lane gives alone."""
+    model, _ = dit_trajectory
+    runs = [
+        fxmask.record(model, ddim(), num_inference_steps=4, batch_size=2, example_inputs={"class_labels": torch.tensor(c)})
+        for c in ([1, 2], [3, 4])
+    ]
+    both = dataclasses.replace(
+        runs[0],
+        calls=tuple((a[0], b[0]) for a, b in zip(runs[0].calls, runs[1].calls, strict=True)),
+        outputs=tuple((a[0], b[0]) for a, b in zip(runs[0].outputs, runs[1].outputs, strict=True)),
+    )
+    options = PaperOptions(fresh=False)
+    soft = learner_of(dit_program, [runs[0]])._lanes(runs[0])
+    scores = torch.rand(4, len(dit_program.streams), generator=torch.Generator().manual_seed(0))
+    scores[0] = 1
+    alone = [paper.run_pass(run, soft, scores, options, 0) for run in runs]
+    together = paper.run_pass(both, soft * 2, scores, options, 0)
+    torch.testing.assert_close(together.gradient, (alone[0].gradient + alone[1].gradient) / 2)
+    assert together.error == pytest.approx((alone[0].error + alone[1].error) / 2)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_memory_does_not_grow_with_the_number_of_steps(monkeypatch, fresh):
     """Bytes of live tensors at every step of learning, the recorded trajectory left out."""
     model = tiny_unet()
-    original = paper._step
+    original = paper.soft_step
     peaks = {}
     for steps in (5, 20, 60):
         trajectory = fxmask.record(model, ddim(), num_inference_steps=steps, batch_size=1)
@@ -177,11 +336,80 @@ def test_memory_does_not_grow_with_the_number_of_steps(monkeypatch):
             seen.append(sum(size for pointer, size in live.items() if pointer not in before))
             return original(*args)
 
-        monkeypatch.setattr(paper, "_step", watched)
-        learn_scores(program, trajectory, 0.6, 0, False, PaperOptions(epochs=1))
+        monkeypatch.setattr(paper, "soft_step", watched)
+        scores_of(program, [trajectory], epochs=1, fresh=fresh)
         peaks[steps] = max(seen)
-    rows = 60 * len(program.branches) * 4 * 8  # scores, their moments and their pulls are the one thing [T, B] there is
+    rows = 60 * len(program.streams) * 4 * 8  # scores, their moments and their pulls are the one thing [T, B] there is
     assert peaks[60] <= peaks[5] * 1.05 + rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", ["unet", "dit"])
+def test_live_cost_of_a_hard_mask_is_that_of_its_plan(family, seed, request):
+    program = request.getfixturevalue(f"{family}_program")
+    rows = torch.rand(6, len(program.streams), generator=torch.Generator().manual_seed(seed)) < 0.5
+    rows[0] = True
+    cost = LiveCost.of(program, program.streams)(rows.double())
+    plan = StreamBudget(program, (5.0, 4.0, 3.0, 2.0, 1.0, 0.0)).plan(rows)
+    assert cost.tolist() == pytest.approx([step.macs / program.macs for step in plan.steps])
+
+
+def test_measured_weights_are_smoothed_responses(dit_trajectory):
+    """One outlier among neighbours does not count; a trend does; the mean of what a step moves is 1."""
+    values = torch.linspace(2, 1, 48, dtype=torch.float64)
+    values[20] = 50.0
+    smooth = _smoothed(values)
+    assert smooth.max() <= 2
+    assert smooth[2] > 1.2 * smooth[-3]
+    assert torch.equal(_smoothed(torch.ones(30)), torch.ones(30))
+    weights = measured_weights([dit_trajectory[1]])
+    assert weights.shape == (6,)
+    assert float((1 / weights).mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_live_cost_charges_a_stream_for_what_only_it_reads(dit_program):
+    """Of full scores the last stream's gradient is all that is before it; the first one's is its own."""
+    scores = torch.ones(6, len(dit_program.streams))
+    gradient = LiveCost.of(dit_program, dit_program.streams).gradient(scores)
+    assert gradient[3, -1] > 3 * gradient[3, 0] > 0
+
+
+def _rank(rank: int, size: int, place: str, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
+    model = tiny_unet()
+    run = fxmask.record(model, ddim(), num_inference_steps=4, batch_size=1)
+    program = fxmask.capture(model, run.calls[0][0])
+    results[rank] = scores_of(program, [run], epochs=3).values
+    dist.destroy_process_group()
+
+
+def test_ranks_average_their_gradients(tmp_path):
+    """Two processes come to the same scores, which are those of the mean of their two passes."""
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (2, str(tmp_path / "store"), results), nprocs=2)
+        ranks = dict(results)
+    assert torch.equal(ranks[0], ranks[1])
+    model = tiny_unet()
+    run = fxmask.record(model, ddim(), num_inference_steps=4, batch_size=1)
+    program = fxmask.capture(model, run.calls[0][0])
+    alone = learner_of(program, [run], epochs=3)
+    lanes = alone._lanes(run)
+    for k in range(3):
+        numbers = [1_000_003 + 2 * k + rank for rank in range(2)]
+        one, two = (paper.run_pass(run, lanes, alone.state.scores, alone.options, number) for number in numbers)
+        both = paper.Pass((one.gradient + two.gradient) / 2, (one.change + two.change) / 2, (one.error + two.error) / 2)
+        alone._together = lambda _own, both=both: both
+        alone._one(3)
+    assert torch.allclose(alone.state.scores, ranks[0], atol=1e-6)
+
+
+def test_options_are_checked():
+    with pytest.raises(fxmask.InputError, match="blocks='level'"):
+        PaperOptions(blocks="level")
+    with pytest.raises(fxmask.InputError, match="at least 1"):
+        PaperOptions(epochs=0)
 
 
 def _is_tensor(x: object) -> bool:

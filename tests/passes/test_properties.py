@@ -87,7 +87,7 @@ def by_call(pair: Pair, results: list[Any]) -> list[Any]:
 
 
 def followed(pair: Pair) -> int:
-    """How many calls of a run go on from the one before: all but the first, of each lane unless these have rows of their own."""
+    """How many calls of a run go on from the one before: all but the first, of each lane if these are alike."""
     return len(pair.mask.order) - 1 if pair.mask.lanes else pair.lanes * (pair.mask.num_steps - 1)
 
 

@@ -230,11 +230,13 @@ def test_learn_a_pipeline(code: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_learn_a_denoiser_and_take_its_scores(code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = tmp_path / "scores.svg"
     arguments = ["--steps", "5", "--speedup", "1.2", "--learner", "paper", "--held-out", "1", "--scores", str(scores), *EAGER]
+    arguments += ["--checkpoint", str(tmp_path / "state")]
     assert cli.main(["learn", f"{code}:pair", "--output", str(tmp_path / "plan"), *arguments, "--json"]) == 0
     found = said(capsys)
     assert found["mac_ratio"] == pytest.approx(1.2, rel=0.05)
     assert found["quality"]["images"] == 8
     assert scores.read_text().startswith("<?xml")
+    assert (tmp_path / "state").exists()
     from fxmask.tools.subjects import load_subject
 
     subject = load_subject(f"{code}:pair")

@@ -4,27 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from fxmask.errors import InputError
+
+PASSES = {"quick": 40, "default": 200}
+CHOICES = {
+    "blocks": ("stream", "branch"),
+    "inputs": ("teacher", "student"),
+    "sampling": ("start", "bernoulli", "gumbel"),
+    "cost": ("sum", "live"),
+}
 
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """Hyper-parameters of the paper's learner.
+    """Hyper-parameters of the paper's learner. What the paper leaves open is an option.
 
     Attributes:
-        epochs: passes over the recorded trajectory.
-        learning_rate: of Adam on the scores.
-        bimodal: lambda2 as a fraction of lambda1; 0 leaves the bi-modal term out.
+        epochs: passes over all steps, each an update of every score; by ``effort`` if not given: 40 or 200.
+        learning_rate: of Adam on the scores, at first; it falls to a tenth in the last half of the passes.
+        bimodal: lambda2 as a fraction of lambda1, below 1: from there on scores at 1 would stay; 0 leaves the term out.
         weighted: whether ``w(i)`` scales the penalties (timestep-aware scaling); else 1.
-        gumbel: scores are binary Gumbel-Softmax samples of logits (temperature 1, straight through is not used, as in
-            the paper's comparison), instead of free numbers from random samples.
-        on_scores: is called with the learned scores, float ``[T, branches]`` in [0, 1], e.g. for ``pictures.save_scores``.
+        sampling: what random sampling is. ``"start"``: scores start as random samples and are used as they are.
+            ``"bernoulli"``: each pass uses 1 with probability ``s``, else 0. ``"gumbel"``: binary Gumbel-Softmax samples
+            (temperature 1), which the paper compares with.
+        gumbel: the same as ``sampling="gumbel"``.
+        blocks: ``"stream"``, values after a residual addition, as in the paper's Eq. 3; or ``"branch"``.
+        inputs: whose samples the steps of a pass are given: ``"teacher"``, the frozen model's, or ``"student"``, those of the
+            soft mask.
+        fresh: draw other noise for every pass; else every pass is over the recorded runs.
+        cost: what lambda1 weighs. ``"sum"``: the sum of the scores, as in the paper. ``"live"``, which is ours: expected MACs,
+            with what rectification will drop left out.
+        measured: scale each step by what the sampler makes of an error in it, in place of the three values of ``w(i)``. Ours.
+        strength: a fixed lambda1. The speed-up is then what comes out, and none may be asked for.
+        patience: passes without a change of the mask after which learning stops early; 0: never.
+        on_scores: is called with the learned scores, float ``[T, blocks]`` in [0, 1], e.g. for ``pictures.save_scores``.
+
+    Raises:
+        InputError: an option is unknown.
     """
 
-    epochs: int = 20
+    epochs: int | None = None
     learning_rate: float = 0.1
-    bimodal: float = 0.3
+    bimodal: float = 0.5
     weighted: bool = True
+    sampling: str = "start"
     gumbel: bool = False
+    blocks: str = "stream"
+    inputs: str = "teacher"
+    fresh: bool = True
+    cost: str = "sum"
+    measured: bool = False
+    strength: float | None = None
+    patience: int = 10
     on_scores: Callable[[torch.Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"PaperOptions({name}={getattr(self, name)!r}) is unknown; choose one of {list(choices)}")
+        if not 0 <= self.bimodal < 1:
+            raise InputError(f"PaperOptions(bimodal={self.bimodal}) must be at least 0 and below 1")
+        if self.epochs is not None and self.epochs < 1:
+            raise InputError(f"PaperOptions(epochs={self.epochs}) must be at least 1")
+
+    @classmethod
+    def ours(cls, **options: Any) -> PaperOptions:
+        """The method with our two changes: ``cost="live"`` and ``measured=True``."""
+        return cls(**{"cost": "live", "measured": True, **options})
+
+    @property
+    def drawn(self) -> str:
+        """How the scores of a pass are sampled."""
+        return "gumbel" if self.gumbel else self.sampling

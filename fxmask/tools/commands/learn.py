@@ -119,13 +119,22 @@ def _learn(subject: Subject, given: Mapping[str, Any], progress: bool) -> tuple[
 
 def _learn_paper(subject: Subject, outcome: Mapping[str, Any], given: Mapping[str, Any], progress: bool) -> AcceleratedModel:
     """The paper's learner, stage by stage, since its scores are wanted."""
-    if given["checkpoint"]:
-        raise InputError("--learner paper keeps no checkpoint; leave --checkpoint out")
     run = subject.recorded(given["seed"], given["steps"])
     program = subject.program(run)
     scores = PaperOptions(on_scores=(lambda x: _draw_scores(x, given["scores"])) if given["scores"] else None)
     asked = {name: value for name, value in outcome.items() if name != "backend"}
-    mask = learn(program, run, learner="paper", options=scores, seed=given["seed"], progress=progress, **asked)
+    effort = "quick" if given["effort"] == "instant" else given["effort"]
+    mask = learn(
+        program,
+        run,
+        learner="paper",
+        effort=effort,
+        checkpoint=given["checkpoint"],
+        options=scores,
+        seed=given["seed"],
+        progress=progress,
+        **asked,
+    )
     made = compile(program, rectify(program, mask), given["backend"])
     return made if given["backend"] == "eager" else made.compile_all(progress=progress)
 

@@ -1,0 +1,1 @@
+"""What ``fxmask evaluate`` does: run files, plans of configurations, images, tables."""
