@@ -1,0 +1,158 @@
+"""Plans in which the lanes of guidance have rows of their own: what is scored is what runs, in one batch and call by call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pipelines import record
+
+import fxmask
+from fxmask.learning.effort import Effort, Limits
+from fxmask.learning.journal import Journal
+from fxmask.learning.lane_moments import LaneMoments, indices
+from fxmask.learning.local_search import neighbour
+from fxmask.learning.measured import Measured
+from fxmask.learning.own_rows import OwnRows, views_of
+from fxmask.learning.progress import Progress
+from fxmask.learning.refine import refine
+from fxmask.learning.schedule import Schedule, lane_sources
+from fxmask.learning.search import Search
+from fxmask.learning.student import Student, output_blocks
+
+SMALL = Effort(units=8.0, kinds=1, starts=0, levels=0, search=0.0, rounds=1, finalists=1, instant=1, lanes=12.0)
+
+
+@pytest.fixture(scope="module", params=["stable_diffusion", "wan"])
+def guided(request: pytest.FixtureRequest) -> tuple[fxmask.Program, Any]:
+    """A program and a recorded run: guidance in one batch, and in calls with names."""
+    _, _, run = record(request.param)
+    return fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles), run
+
+
+@pytest.fixture(scope="module")
+def apart(guided: tuple[fxmask.Program, Any]) -> OwnRows:
+    program, run = guided
+    views = views_of([run], program)
+    assert views is not None
+    assert {len(step) for step in views[0].calls} == {2}
+    student = Student(program, views)
+    measured = Measured(student, student, Journal(None, ""), Progress(False), starts=0, seed=0)
+    return OwnRows(measured, Limits(), 0)
+
+
+def some_schedule(student: Student, every: tuple[int, int] = (2, 3)) -> Schedule:
+    output = frozenset(block.name for block in output_blocks(student.program))
+    loads = [output if step and step % every[lane] else frozenset() for step in range(student.num_steps) for lane in range(2)]
+    return Schedule(tuple(loads), history=3, samples=2, lanes=2)
+
+
+def test_what_is_scored_is_what_runs(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
+    program, run = guided
+    student = apart.student
+    schedule = some_schedule(student)
+    rolled = student.rollout(schedule)
+    mask = student.mask(schedule, rolled.coefficients)
+    assert len(mask.lanes) == 2
+    assert mask.batched == (len(run.calls[0]) == 1)
+    plan = fxmask.rectify(program, mask)
+    assert plan.mac_ratio == pytest.approx(1 / student.spent(schedule), rel=1e-6)
+    accelerated = fxmask.compile(program, plan, backend="eager")
+    assert torch.allclose(run.rollout(accelerated), rolled.finals[0], rtol=1e-3, atol=1e-4)
+    assert all(r.followed for r in accelerated.report().runs)
+
+
+def test_names_are_the_pipelines(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
+    _, run = guided
+    assert apart.student.lane_names == (run.lanes[0] if len(run.calls[0]) == 2 else ("0", "1"))
+
+
+def test_refinement_follows_lanes(apart: OwnRows) -> None:
+    """Derivatives by partial rollouts are those of whole ones, and a round of refinement is no worse."""
+    student = apart.student
+    schedule = some_schedule(student)
+    base = student.rollout(schedule, keep=True)
+    for state in student.states(schedule, base, [1, 2], [0]):
+        again = student.rollout(schedule, base.coefficients, state)
+        assert torch.equal(again.finals[0], base.finals[0])
+    refined, score = refine(student, schedule, base.coefficients, rounds=1)
+    assert score <= student.score(base)
+    assert student.score(student.rollout(schedule, refined)) == pytest.approx(score, abs=1e-6)
+
+
+def test_what_a_forecast_reads() -> None:
+    on = [True, True, True, False, False, True, True]
+    #     0a    1b    2a    3b     4a     5b    6a
+    assert lane_sources(on, 4, 2, 3, 0) == [2, 0]
+    assert lane_sources(on, 7, 2, 3, 2) == [5, 1, 6, 0, ("input", 7), ("input", 5)]  # of a: now, and where both were
+    assert lane_sources(on, 3, 2, 1, 1) == [1, 2, 0, ("input", 3)]
+    assert lane_sources([True], 1, 2, 3, 0) == [0, 0][:1]  # nothing of its own yet
+    assert indices([5, ("input", 7)], 8, 2) == [5, 11]
+
+
+def test_moments_are_of_calls() -> None:
+    """One lane formed from the other's exact copy costs nothing; from what has nothing to do with it everything."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(4, 1000))
+    values = np.concatenate([values[:1], values[:1], values[1:2], values[1:2], values[2:]])  # both lanes are alike; two samples
+    moments = LaneMoments(2, values @ values.T / 1000, np.asarray([-3.0, 4.0, -3.0, 4.0]))
+    copied = moments.error((True, True, True, False), lambda rows, row: [2])
+    other = moments.error((True, True, True, False), lambda rows, row: [1])
+    assert copied == pytest.approx(0.0, abs=1e-3)
+    assert other > 10.0
+    error, rows = moments.improved((True, True, False, True), lambda rows, row: [row - 1], 0, tries=50)
+    assert rows in ((True, True, True, False), (True, False, True, True))
+    assert error == pytest.approx(0.0, abs=1e-3)
+
+
+def test_both_lanes_of_guidance_weigh_what_guidance_makes_of_them(apart: OwnRows) -> None:
+    moments = apart.moments
+    first, second = moments.weights[0::2], moments.weights[1::2]
+    assert np.all(np.sign(first) == -np.sign(second)), "a conditional prediction is added, the unconditional one taken away"
+
+
+def test_a_plan_for_a_budget(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
+    program, _ = guided
+    alike = Schedule(tuple(frozenset() if k % 2 == 0 else apart._output for k in range(apart.student.num_steps)), 3, 0)
+    point = apart.best(0.625, [alike], SMALL, 12.0)
+    assert point is not None
+    assert math.isfinite(point.decibels)
+    assert fxmask.rectify(program, point.mask).mac_ratio == pytest.approx(1 / 0.625, rel=0.03)
+
+
+def test_neighbours_keep_lanes(apart: OwnRows) -> None:
+    import random
+
+    found = [neighbour(some_schedule(apart.student), random.Random(seed)) for seed in range(40)]
+    assert {s.lanes for s in found if s is not None} == {2}
+    assert len({s.loads for s in found if s is not None}) > 5
+
+
+@pytest.mark.parametrize("lanes", ["own", "alike"])
+def test_search_takes_them_where_they_are_better(lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of enough images; turned off, none is tried."""
+    _, _, run = record("stable_diffusion")
+    runs = [run, *(run.renoised(run.denoiser, seed) for seed in range(7))]
+    program = fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles)
+    search = Search(program, runs, effort=SMALL, limits=Limits(), seed=0, progress=False, lanes=lanes)
+    assert (search.apart is not None) == (lanes == "own")
+    point = search.best(0.6)
+    assert point.decibels <= search.measured.judged(search.measured.evaluate(search_schedule(search)))[0] + 1e-6
+    assert fxmask.rectify(program, point.mask).mac_ratio == pytest.approx(1 / 0.6, rel=0.03)
+    if lanes == "own":
+        monkeypatch.setattr(type(search.apart), "best", lambda self, *args: None)
+        alike = search.best(0.6)
+        assert not alike.mask.lanes
+        assert point.decibels <= alike.decibels
+
+
+def search_schedule(search: Search) -> Schedule:
+    """Full steps at equal distances, for the same budget."""
+    from fxmask.learning.levels import evenly
+
+    found = evenly(search.student, search.levels[0], 0.6)
+    assert found is not None
+    return found
