@@ -26,6 +26,7 @@ TIMEOUT = 1800  # seconds for the tests of one mutation; an endless loop is noti
 PROPERTIES = "passes/test_properties.py"
 SPECIALISED = f"{PROPERTIES}::test_specialised_is_the_reference"
 RUNTIME = ("runtime/test_model.py", "runtime/test_peer_bugs.py")
+LANES = ("runtime/test_lanes.py", SPECIALISED)
 GUARDS = ("guards/test_calls.py", "guards/test_state.py", "guards/test_value_branches.py")
 REGIONS = ("passes/test_split_regions.py", "passes/test_pipeline.py")
 
@@ -221,8 +222,8 @@ MUTATIONS = [
     Mutation(
         "runtime: a new run starts on the old caches",
         "fxmask/runtime/generation.py",
-        "            lane.executor, lane.cache = executor, {}\n",
-        "            lane.executor = executor\n",
+        "lane.course = Course(row, row, sample=bound.sample, taken={lane.number})",
+        "lane.course = Course(row, row, cache=lane.course.cache, sample=bound.sample, taken={lane.number})",
         RUNTIME,
     ),
     Mutation(
@@ -235,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "runtime: a failed step counts as done",
         "fxmask/runtime/generation.py",
-        "        lane.position = None\n        if over",
-        "        lane.position = step + 1\n        if over",
+        "        course.next = None\n        if over",
+        "        course.next = row + 1\n        if over",
         RUNTIME,
     ),
     Mutation(
@@ -263,9 +264,73 @@ MUTATIONS = [
     Mutation(
         "runtime: abandoned lanes are kept",
         "fxmask/runtime/generation.py",
-        "x.cache and self._count - x.seen <= IDLE_CALLS",
+        "x.course.cache and self._count - x.seen <= IDLE_CALLS",
         "True",
         RUNTIME,
+    ),
+    # Lanes with rows of their own
+    Mutation(
+        "lanes: a value is loaded from whichever lane computed it last",
+        "fxmask/ir/lanes.py",
+        "        return (own or before)[-1]\n",
+        "        return before[-1]\n",
+        LANES,
+    ),
+    Mutation(
+        "lanes: a source of another lane is one of the lane itself",
+        "fxmask/ir/lanes.py",
+        "        of = source[2] if len(source) == 3 else lane\n",
+        "        of = lane\n",
+        LANES,
+    ),
+    Mutation(
+        "lanes: a lane joins a run of another image",
+        "fxmask/runtime/generation.py",
+        "if mask.lanes[at[1]] != lane.name if named else not self._is_same_sample(sample, found.sample):",
+        "if named and mask.lanes[at[1]] != lane.name:",
+        LANES,
+    ),
+    Mutation(
+        "lanes: parts of a batch are lanes whatever their samples",
+        "fxmask/runtime/generation.py",
+        "named = lane.name in mask.lanes and not mask.batched",
+        "named = lane.name in mask.lanes",
+        LANES,
+    ),
+    Mutation(
+        "lanes: a call goes on whichever lane's turn it is",
+        "fxmask/runtime/generation.py",
+        "lane.variant.mask.call_of(step, lane.number) == following",
+        "step == lane.position",
+        LANES,
+    ),
+    Mutation(
+        "lanes: of a whole batch every lane keeps the first part",
+        "fxmask/runtime/generation.py",
+        "stored[block, value].chunk(size)[k]",
+        "stored[block, value].chunk(size)[0]",
+        LANES,
+    ),
+    Mutation(
+        "lanes: steps of the whole batch are those of which one lane computes everything",
+        "fxmask/ir/plan.py",
+        "frozenset(c for c in calls if all(",
+        "frozenset(c for c in calls if any(",
+        LANES,
+    ),
+    Mutation(
+        "lanes: a batch comes apart although the denoiser looks across it",
+        "fxmask/sampling/split_lanes.py",
+        "            if got.shape != wanted.shape or bool(",
+        "            if False and bool(",
+        LANES,
+    ),
+    Mutation(
+        "lanes: a dead load keeps its forecast only where it is formed",
+        "fxmask/ir/lanes.py",
+        "            if column[row] or terms != ((self.reused(row, column), 1.0),):\n",
+        "            if column[row]:\n",
+        LANES,
     ),
     Mutation(
         "runtime: a copied context is the same run",
@@ -448,15 +513,15 @@ MUTATIONS = [
     Mutation(
         "guards: weights that are written to in a run leave its table",
         "fxmask/runtime/generation.py",
-        "            if lane.weights is None or watch.changed(lane.weights, step):",
+        "            if lane.weights is None or watch.changed(lane.weights, row):",
         "            if lane.weights is None:",
         ("guards/test_state.py::test_adapter_strength_may_change_in_the_middle_of_a_run", *GUARDS),
     ),
     Mutation(
         "guards: a rounded timestep is answered with the plan's",
         "fxmask/runtime/generation.py",
-        "        exact = timestep is None or executor.prologues.is_exact(step, timestep)\n",
-        "        exact = True\n",
+        "exact = timestep is None or executor.prologues.is_exact(row, timestep)\n",
+        "exact = True\n",
         ("guards/test_calls.py::test_a_rounded_timestep_is_computed_as_it_is", *GUARDS),
     ),
     Mutation(

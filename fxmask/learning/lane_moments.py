@@ -8,7 +8,6 @@ added as guidance adds them: with predictions ``e_l`` of the lanes combined as `
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -100,11 +99,10 @@ class LaneMoments:
 
 def _weights(view: Sampler) -> np.ndarray:
     """How much each call's prediction moves the final samples: the step's weight, and the lane's share in guidance."""
-    weights = response_of(view).weights
-    return np.asarray([float(w) * share for w in weights for share in _shares(view)])
+    weights, shares = response_of(view).weights, _shares(view)
+    return np.asarray([float(w) * share for w in weights for share in shares])
 
 
-@functools.lru_cache(maxsize=8)
 def _shares(view: Sampler) -> tuple[float, ...]:
     """With what factors guidance adds predictions of the lanes, by replays in which those of one step are nudged alike.
 

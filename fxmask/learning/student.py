@@ -521,7 +521,8 @@ class Student:
         for row, loads in enumerate(schedule.loads):
             for block in loads:
                 for source in self.sources(schedule, row, block):
-                    last[source if isinstance(source, tuple) else (block, source)] = row
+                    other, at = (source[0], source[1]) if isinstance(source, tuple) else (block, source)
+                    last[other, at] = row
         return last
 
     def _graph(self, program: Program, loads: frozenset[str], live_out: tuple[str, ...]) -> CutGraph:

@@ -75,7 +75,7 @@ def _terms(mask: Mask, rows: list[list[bool]], step: int, block: str, value: int
     """What forms a cut value at a step; nothing if it is just computed."""
     explicit = mask.forecast.terms.get((step, block)) if mask.forecast else None
     if explicit is not None:
-        pairs = [(source if isinstance(source, tuple) else (block, source), c) for source, c in explicit]
+        pairs = [((source[0], source[1]) if isinstance(source, tuple) else (block, source), c) for source, c in explicit]
         return tuple((Slot(other, 0 if other == INPUT else value, at), c) for (other, at), c in pairs)
     column = mask.blocks.index(block)
     if rows[step][column]:
