@@ -326,7 +326,7 @@ MUTATIONS = [
         LANES,
     ),
     Mutation(
-        "lanes: a dead load keeps its forecast only where it is formed",
+        "lanes: forecasts of loads are lost where rows are put back to lanes",
         "fxmask/ir/lanes.py",
         "            if column[row] or terms != ((self.reused(row, column), 1.0),):\n",
         "            if column[row]:\n",

@@ -13,18 +13,9 @@ from rich.text import Text
 
 from fxmask.errors import InputError
 from fxmask.ir.mask import Mask
-from fxmask.pictures.masks import (
-    ABSENT,
-    BLENDED,
-    COMPUTED,
-    FORECAST,
-    STATES,
-    grouped,
-    names_of,
-    save_counts,
-    save_heat_map,
-    states_of,
-)
+from fxmask.ir.text import ABSENT, BLENDED, FORECAST, STATES
+from fxmask.ir.text import FULL as COMPUTED
+from fxmask.pictures.masks import grouped, names_of, save_counts, save_heat_map, states_of
 from fxmask.runtime.quality import Quality
 from fxmask.settings.saved import LIST, read_settings
 from fxmask.storage.card import Entry, rows_of
