@@ -36,7 +36,7 @@ from fxmask.ir.rebind import Rebinder
 from fxmask.passes.rectify import rectify
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.account import Improver
-from fxmask.runtime.batched_lanes import Whole, joined, parts_of, program_of_a_lane
+from fxmask.runtime.batched_lanes import Whole, joined, parts_of
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
@@ -151,7 +151,6 @@ class AcceleratedModel(torch.nn.Module):
                 f"the plan was made for a program with fingerprint {plan.fingerprint}, this one has {program.fingerprint}"
             )
         model = program.model
-        program, plan = program_of_a_lane(program, plan)
         self._stand_in_for(model)
         self.adopt(Variants(program, plan, backend, mode, compiler, checks=checks, progress=progress), facts)
 

@@ -30,6 +30,7 @@ from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
 from fxmask.passes.rectify import rectify
 from fxmask.runtime.background import Background
+from fxmask.runtime.batched_lanes import program_of_a_lane
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.graph_store import GraphStore
@@ -141,6 +142,7 @@ class Variants:
         progress: bool = False,
         findings: Findings | None = None,
     ) -> None:
+        program, plan = program_of_a_lane(program, plan)
         self.progress = progress
         self.program = program
         self.plan = plan

@@ -71,6 +71,8 @@ def better_mask(
     parts, steps, calls = parts_of(runs[0]), runs[0].num_steps, 0
     if any(parts_of(run) != parts for run in runs):
         raise InputError("recorded runs change the form of their predictions at different steps; guide them alike")
+    if len(parts) > 1:
+        options["lanes"] = "alike"  # rows of lanes cannot be put together with those of another number of them
     masks = []
     for number, (first, end) in enumerate(parts):
         if len(parts) > 1 and end - first == 1:
