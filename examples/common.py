@@ -33,6 +33,7 @@ def parse_arguments(description: str, output: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--speedup", type=float, default=2.0, help="asked-for ratio of MACs, or of seconds with --cost latency")
     parser.add_argument("--max-graphs", type=int, default=5, help="at most this many step graphs; 0: no limit")
+    parser.add_argument("--guidance", type=float, default=0.0, help="scale of classifier-free guidance; 0: none")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM, 1: stochastic")
     parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} fresh samples to compare")
     parser.add_argument("--repeats", type=int, default=5, help="timed sampling runs of each kind")
@@ -62,6 +63,7 @@ def compare(
     options: argparse.Namespace,
     example_inputs: Any = None,
     decode: Callable[[torch.Tensor], torch.Tensor] = lambda samples: samples,
+    unconditional: Any = None,
 ) -> None:
     """Accelerate ``model`` and compare it with itself under torch.compile.
 
@@ -71,7 +73,11 @@ def compare(
         options: from ``parse_arguments``.
         example_inputs: conditioning, as for ``fxmask.accelerate``.
         decode: makes images [N, C, H, W] in [-1, 1] of samples; for latent models.
+        unconditional: arguments without conditioning, for guidance; None for models that have none.
     """
+    guidance = {"guidance_scale": options.guidance, "unconditional": unconditional} if options.guidance else {}
+    if options.guidance and unconditional is None:
+        raise SystemExit("--guidance: this model takes no conditioning")
     step_kwargs = {"eta": options.eta} if options.eta else None
     started = time.perf_counter()
     accelerated = fxmask.accelerate(
@@ -81,6 +87,7 @@ def compare(
         speedup=options.speedup,
         example_inputs=example_inputs,
         step_kwargs=step_kwargs,
+        **guidance,
         max_graphs=options.max_graphs or None,
         effort=options.effort,
         cost=options.cost,
@@ -98,6 +105,7 @@ def compare(
             batch_size=BATCH,
             example_inputs=example_inputs,
             step_kwargs=step_kwargs,
+            **guidance,
             seed=seed,
         )
 
@@ -116,6 +124,7 @@ def compare(
     rows = {
         "device and type": f"{options.device}, {str(options.dtype).removeprefix('torch.')}",
         "steps": f"{options.steps}",
+        "guidance": f"{options.guidance:g}" if options.guidance else "none",
         "MAC ratio (ideal speed-up)": f"{accelerated.plan.mac_ratio:.2f}x",
         f"measured speed-up, {options.backend}": f"{seconds['model'] / seconds['fxmask']:.2f}x",
         "PSNR against the full sampler": describe(quality),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from common import compare, parse_arguments
 from diffusers import DDIMScheduler, DiTPipeline
-from digits import load_model, load_scheduler
+from digits import NULL_CLASS, load_model, load_scheduler
 
 NUM_CLASSES = {True: 1000, False: 10}  # of ImageNet models on the hub, of the digits
 
@@ -13,6 +13,11 @@ NUM_CLASSES = {True: 1000, False: 10}  # of ImageNet models on the hub, of the d
 def class_labels(count: int) -> object:
     """Random classes, as the conditioning that only the user can know."""
     return lambda batch_size, generator: {"class_labels": torch.randint(count, (batch_size,), generator=generator)}
+
+
+def no_class(batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The class that stands for none."""
+    return {"class_labels": torch.full((batch_size,), NULL_CLASS)}
 
 
 if __name__ == "__main__":
@@ -30,4 +35,4 @@ if __name__ == "__main__":
     else:
         model, scheduler = load_model("dit"), load_scheduler()
     model = model.to(options.device, options.dtype)
-    compare(model, scheduler, options, class_labels(NUM_CLASSES[bool(options.model)]), decode)
+    compare(model, scheduler, options, class_labels(NUM_CLASSES[bool(options.model)]), decode, no_class)

@@ -47,4 +47,4 @@ if __name__ == "__main__":
         return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
 
     conditioning = encoded_prompts(pipeline, PROMPTS if options.model else DIGITS)
-    compare(pipeline.unet.eval(), scheduler, options, conditioning, decode)
+    compare(pipeline.unet.eval(), scheduler, options, conditioning, decode, encoded_prompts(pipeline, [""]))

@@ -64,4 +64,5 @@ if __name__ == "__main__":
         return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
 
     prompts, length = (PROMPTS, PROMPT_TOKENS) if options.model else (DIGITS, CAPTION_TOKENS)
-    compare(pipeline.transformer.eval(), scheduler, options, encoded_prompts(pipeline, prompts, length), decode)
+    conditioning, empty = (encoded_prompts(pipeline, texts, length) for texts in (prompts, [""]))
+    compare(pipeline.transformer.eval(), scheduler, options, conditioning, decode, empty)

@@ -80,6 +80,8 @@ def accelerate(
     example_calls: Sequence[Mapping[str, Any]] | None = None,
     step_kwargs: Mapping[str, Any] | None = None,
     scheduler_kwargs: Mapping[str, Any] | None = None,
+    guidance_scale: float | None = None,
+    unconditional: ExampleInputs = None,
     max_graphs: int | None = None,
     max_cache_bytes: int | None = None,
     max_learning_bytes: int | None = None,
@@ -103,7 +105,7 @@ def accelerate(
     returned at once: its first call at any setting (steps, size, scheduler, guidance, adapters) runs in full, makes what it
     always made, and is recorded in passing; from the second call on that setting is accelerated. With ``example_calls``, or
     more effort, calls of the pipeline are recorded and learned from now: their settings are fast from the first call on.
-    ``example_inputs``, ``step_kwargs`` and ``scheduler_kwargs`` are for models.
+    ``example_inputs``, ``step_kwargs``, ``scheduler_kwargs``, ``guidance_scale`` and ``unconditional`` are for models.
 
     Args:
         model: the denoiser, in eval mode; its weights are shared, not copied. Or a pipeline: an object that holds modules and a
@@ -122,6 +124,8 @@ def accelerate(
             them ``effort="quick"`` and ``"default"`` make calls with neutral prompts, or class labels, of their own.
         step_kwargs: passed on to ``scheduler.step`` while recording, e.g. ``{"eta": 1.0}``.
         scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
+        guidance_scale: of a model that is sampled with classifier-free guidance in one batch, first without the conditioning.
+        unconditional: the arguments without conditioning; see ``fxmask.record``.
         max_graphs: at most this many distinct step graphs; each costs seconds to compile.
         max_cache_bytes: at most this many cached bytes at once, per lane, for a batch of ``RECORDED_BATCH``.
         max_learning_bytes: how much memory learning may take besides model and recorded runs; half of what is free where the
@@ -174,6 +178,8 @@ def accelerate(
                 "example_inputs": example_inputs is not None,
                 "step_kwargs": bool(step_kwargs),
                 "scheduler_kwargs": bool(scheduler_kwargs),
+                "guidance_scale": guidance_scale is not None,
+                "unconditional": unconditional is not None,
             },
             example_calls=example_calls,
             num_inference_steps=num_inference_steps,
@@ -210,6 +216,8 @@ def accelerate(
         example_inputs=example_inputs,
         step_kwargs=step_kwargs,
         scheduler_kwargs=scheduler_kwargs,
+        guidance_scale=guidance_scale,
+        unconditional=unconditional,
     )
     seeds = _seeds(seed, mask, effort)
     trajectories = [recorded(seed=s) for s in tqdm(seeds, desc="recording", unit="run", disable=not progress)]

@@ -40,14 +40,16 @@ def _finite(value: Any) -> Any:
 def sampler_facts(run: Any) -> dict[str, Any] | None:
     """What a plan depends on in the sampler of a recorded run.
 
-    ``scheduler``, ``num_inference_steps``, what is plain in ``scheduler_kwargs`` and ``step_kwargs``, and, where they follow
-    from these, ``scheduler_timesteps``. ``None`` if the run does not say which scheduler it had.
+    ``scheduler``, ``num_inference_steps``, what is plain in ``scheduler_kwargs`` and ``step_kwargs``, ``guidance_scale`` if a
+    run of a scheduler has one, and, where they follow from these, ``scheduler_timesteps``. ``None`` if the run does not say
+    which scheduler it had.
     """
     scheduler = getattr(run, "scheduler", None)
     if scheduler is None:
         return None
     count = int(getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps))
     options = _plain(getattr(run, "scheduler_kwargs", {}))
+    guidance = getattr(run, "guidance_scale", None)
     recorded, made = _floats(scheduler.timesteps), timesteps_of(scheduler, count, options)
     return {
         "scheduler": scheduler_facts(scheduler),
@@ -55,6 +57,7 @@ def sampler_facts(run: Any) -> dict[str, Any] | None:
         "scheduler_kwargs": options,
         "step_kwargs": _plain(getattr(run, "step_kwargs", {})),
         "scheduler_timesteps": recorded if made is not None and is_same_grid(recorded, made) else None,
+        **({} if guidance is None else {"guidance_scale": float(guidance)}),
     }
 
 
@@ -62,7 +65,14 @@ def describe_difference(run: Any, other: Any) -> str | None:
     """In what the samplers of two recorded runs differ; ``None`` if in nothing that is known."""
     facts, others = (sampler_facts(x) or {} for x in (run, other))
     ours, theirs = (
-        {"scheduler": f["scheduler"]["class"], **f["scheduler"]["config"], **f["step_kwargs"]} if f else {}
+        {
+            "scheduler": f["scheduler"]["class"],
+            **f["scheduler"]["config"],
+            **f["step_kwargs"],
+            "guidance_scale": f.get("guidance_scale"),
+        }
+        if f
+        else {}
         for f in (facts, others)
     )
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

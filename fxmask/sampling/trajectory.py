@@ -35,11 +35,14 @@ class Trajectory(Recording):
         scheduler: a copy of the scheduler, set up and not yet stepped.
         step_kwargs: arguments passed on to ``scheduler.step``.
         scheduler_kwargs: arguments that were passed on to ``scheduler.set_timesteps``.
+        guidance_scale: of classifier-free guidance: every call holds the batch twice, without and with the conditioning, and
+            the sampler is given ``without + scale * (with - without)`` (Ho and Salimans, arXiv 2207.12598). ``None``: none.
     """
 
     scheduler: Any
     step_kwargs: Mapping[str, Any]
     scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    guidance_scale: float | None = None
 
     def loop(self) -> Loop:
         """The sampler as a generator: yields the denoiser's calls, in order, and is sent the prediction of each.
@@ -50,8 +53,9 @@ class Trajectory(Recording):
         x = self.initial_noise.clone()
         for i, timestep in enumerate(scheduler.timesteps):
             (call,) = self.calls[i]
-            output = yield {**call, self.sample: scale_input(scheduler, x, timestep)}
+            output = yield {**call, self.sample: twice(scale_input(scheduler, x, timestep), self.guidance_scale)}
             with torch.no_grad(), NoiseTape(self.noises[i]):
+                output = guided(output, self.guidance_scale)
                 x = step_scheduler(scheduler, sampler_prediction(output, x, scheduler), timestep, x, self.step_kwargs)
         return x
 
@@ -85,7 +89,8 @@ class Trajectory(Recording):
         sigmas = [float(getattr(s, "init_noise_sigma", 1.0)) for s in (self.scheduler, scheduler)]
         noise = self.initial_noise / sigmas[0]
         start = torch.Generator().manual_seed(0)
-        sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, start)
+        given = self.step_kwargs, start, None, self.guidance_scale
+        sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, *given)
         return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
     @torch.no_grad()
@@ -103,7 +108,8 @@ class Trajectory(Recording):
         call, tapes = pytree.tree_map_only(torch.Tensor, wide, (dict(self.calls[0][0]), self.noises))
         start = wide(self.initial_noise) / float(getattr(self.scheduler, "init_noise_sigma", 1.0))
         scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
-        sampled = _sample(model, scheduler, call, signature, start, self.step_kwargs, torch.Generator(), tapes)
+        given = self.step_kwargs, torch.Generator(), tapes, self.guidance_scale
+        sampled = _sample(model, scheduler, call, signature, start, *given)
         return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
     def rows(self, first: int, end: int) -> Trajectory | None:
@@ -111,6 +117,8 @@ class Trajectory(Recording):
 
         Whether the denoiser is, only the denoiser can tell.
         """
+        if self.guidance_scale is not None:
+            return None  # calls hold every sample twice
         count = self.batch_size
 
         def part(x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +138,8 @@ class Trajectory(Recording):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.initial_noise.shape, generator=generator).to(self.initial_noise)
         scheduler, signature = copy.deepcopy(self.scheduler), Signature.of(model)
-        sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, self.step_kwargs, generator)
+        given = self.step_kwargs, generator, None, self.guidance_scale
+        sampled = _sample(model, scheduler, self.calls[0][0], signature, noise, *given)
         return replace(sampled, scheduler_kwargs=self.scheduler_kwargs)
 
 
@@ -144,6 +153,8 @@ def record(
     example_inputs: ExampleInputs = None,
     step_kwargs: Mapping[str, Any] | None = None,
     scheduler_kwargs: Mapping[str, Any] | None = None,
+    guidance_scale: float | None = None,
+    unconditional: ExampleInputs = None,
     seed: int = 0,
 ) -> Trajectory:
     """Sample a batch with the unaccelerated model and keep every call.
@@ -157,6 +168,9 @@ def record(
         example_inputs: conditioning that cannot be inferred, a dict or a function (batch_size, generator) -> dict.
         step_kwargs: passed on to ``scheduler.step``, e.g. ``{"eta": 1.0}``.
         scheduler_kwargs: passed on to ``scheduler.set_timesteps``, e.g. ``{"mu": 1.15}`` where images' sizes shift timesteps.
+        guidance_scale: of classifier-free guidance; every call then holds the batch twice, first without the conditioning.
+        unconditional: with guidance, the arguments that say "no conditioning", by name, e.g. the empty prompt's embedding; a
+            dict or a function like ``example_inputs``. What it does not name is the same in both halves.
         seed: of the initial and the injected noise.
 
     Raises:
@@ -168,7 +182,13 @@ def record(
     generator = torch.Generator().manual_seed(seed)
     scheduler = prepare_scheduler(scheduler, num_inference_steps, device, scheduler_kwargs)
     conditioning = resolve_conditioning(example_inputs, batch_size, generator)
-    template = example_call(model, timestep_tensor(scheduler.timesteps[0], device), conditioning, batch_size, dtype)
+    rows = batch_size
+    if guidance_scale is not None:
+        conditioning = _both(conditioning, resolve_conditioning(unconditional, batch_size, generator))
+        rows = 2 * batch_size
+    elif unconditional is not None:
+        raise InputError("unconditional= is for guidance; pass guidance_scale= too")
+    template = example_call(model, timestep_tensor(scheduler.timesteps[0], device), conditioning, rows, dtype)
     signature = Signature.of(model)
     sample = template[signature.sample]
     if not isinstance(sample, torch.Tensor):
@@ -176,8 +196,10 @@ def record(
             f"the sample ({signature.sample!r}) of {type(model).__name__} is a {type(sample).__name__}, and a scheduler alone "
             "samples one tensor; call the denoiser in a loop of your own, with a mask that needs no learning"
         )
-    noise = torch.randn(sample.shape, generator=generator).to(device, dtype)
-    sampled = _sample(model, scheduler, template, signature, noise, dict(step_kwargs or {}), generator)
+    shape = sample.shape if guidance_scale is None else (sample.shape[0] // 2, *sample.shape[1:])
+    noise = torch.randn(shape, generator=generator).to(device, dtype)
+    given = dict(step_kwargs or {}), generator, None, guidance_scale
+    sampled = _sample(model, scheduler, template, signature, noise, *given)
     return replace(sampled, scheduler_kwargs=dict(scheduler_kwargs or {}))
 
 
@@ -190,6 +212,7 @@ def _sample(
     step_kwargs: Mapping[str, Any],
     generator: torch.Generator,
     tapes: Sequence[Sequence[torch.Tensor]] | None = None,
+    guidance_scale: float | None = None,
 ) -> Trajectory:
     """Sample from ``noise``, drawing from ``generator`` or playing ``tapes`` back, and keep every call."""
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -199,13 +222,14 @@ def _sample(
     calls, outputs, noises, values = [], [], [], []
     for i, timestep in enumerate(scheduler.timesteps):
         call = dict(template)
-        call[signature.sample] = scale_input(scheduler, x, timestep)
+        call[signature.sample] = twice(scale_input(scheduler, x, timestep), guidance_scale)
         if signature.timestep is not None:
             form = torch.as_tensor(template[signature.timestep])
             call[signature.timestep] = timestep_tensor(timestep, x.device).expand(form.shape)
         prediction = first_tensor(model(**call))
         with NoiseTape(tapes[i] if tapes is not None else None) as tape:
-            x = step_scheduler(scheduler, sampler_prediction(prediction, x, scheduler), timestep, x, options)
+            combined = sampler_prediction(guided(prediction, guidance_scale), x, scheduler)
+            x = step_scheduler(scheduler, combined, timestep, x, options)
         calls.append((call,))
         outputs.append((prediction,))
         noises.append(tuple(tape.tensors))
@@ -221,7 +245,48 @@ def _sample(
         scheduler=start,
         step_kwargs=dict(step_kwargs),
         sample=signature.sample,
+        guidance_scale=guidance_scale,
     )
+
+
+def twice(x: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """What a denoiser is given for a batch of samples: with guidance each of them twice."""
+    return x if guidance_scale is None else torch.cat([x, x])
+
+
+def guided(prediction: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """What a sampler is given for a prediction."""
+    if guidance_scale is None:
+        return prediction
+    without, conditional = prediction.chunk(2)
+    return without + guidance_scale * (conditional - without)
+
+
+def _both(conditioning: dict[str, Any], unconditional: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the batch without conditioning, then the batch with it.
+
+    Raises:
+        InputError: they do not go together; names them.
+    """
+    missing = sorted(set(unconditional) - set(conditioning))
+    if missing:
+        raise InputError(f"unconditional= names {missing}, which example_inputs does not have; give both for each argument")
+
+    def join(name: str, a: Any, b: Any) -> Any:
+        if not isinstance(b, torch.Tensor) or not b.dim():
+            return b
+        if not isinstance(a, torch.Tensor) or a.shape != b.shape:
+            shapes = [list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (a, b)]
+            raise InputError(f"{name} of unconditional= is {shapes[0]}, and {shapes[1]} in example_inputs; give equal shapes")
+        return torch.cat([a, b])
+
+    def part(name: str) -> Any:
+        a, b = unconditional.get(name, conditioning[name]), conditioning[name]
+        if pytree.tree_structure(a) != pytree.tree_structure(b):
+            raise InputError(f"{name} of unconditional= holds other things than in example_inputs; give equal structures")
+        return pytree.tree_map(lambda x, y: join(name, x, y), a, b)
+
+    return {name: part(name) for name in conditioning}
 
 
 def _with_generator(scheduler: Any, step_kwargs: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
