@@ -1,0 +1,165 @@
+"""What rows of their own add for the lanes of guidance: the same learning with them and without, on fresh images.
+
+    python examples/studies/lanes.py [--families dit-4 ...] [--ratios 1.5 ...] [--write]
+    python examples/studies/lanes.py --time [--backend inductor] [--write]
+
+The shipped pipelines at their usual guidance, 20 DDIM steps. 24 recorded images to learn from, default effort; plans are judged
+on 32 fresh images of other noise and prompts. ``--time`` measures steps of one batch that holds both lanes: whole, and with one
+part computed and the other formed. What was measured is kept, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from few_images import FAMILIES, RESULTS, Judge, keep, known, recorder
+
+import fxmask
+from fxmask.timing import timed
+from fxmask.tools.place import require_device
+
+RATIOS = (1.33, 1.5, 2.0)
+RUNS, IMAGES, STEPS = 3, 8, 20
+KEPT = RESULTS / "lanes.json"
+FORMS = {
+    "whole batch": (True, True),
+    "first lane computed, second formed": (True, False),
+    "second lane computed, first formed": (False, True),
+    "both formed": (False, False),
+}
+
+
+def measure(family: str, ratios: list[float], device: torch.device, folder: Path) -> None:
+    """Fill in what is missing of one family."""
+    rows = known(KEPT)
+    wanted = [ratio for ratio in ratios if f"{family} {ratio}" not in rows]
+    if not wanted:
+        return
+    record = recorder(family, device)
+    judge, runs = Judge(family, record), [record(IMAGES, seed) for seed in range(RUNS)]
+    program = fxmask.capture(runs[0].denoiser, runs[0].calls[0][0], runs[0].roles)
+    folder.mkdir(parents=True, exist_ok=True)
+    for ratio in wanted:
+        row: dict[str, Any] = {"fewer": judge.of_steps(round(STEPS / ratio))}
+        for lanes in ("alike", "own"):
+            started, file = time.monotonic(), folder / f"{family}-{ratio}.journal.json"
+            (point,) = fxmask.pareto(program, runs, speedups=[ratio], checkpoint=file, lanes=lanes, progress=False)
+            row[lanes] = {
+                "psnr": judge.of_mask(program, point.mask),
+                "ratio": round(point.mac_ratio, 3),
+                "kind": point.kind,
+                "has lanes": bool(point.mask.lanes),
+                "units": round(point.units, 1),
+                "seconds": round(time.monotonic() - started),
+            }
+        rows = {**known(KEPT), f"{family} {ratio}": row}
+        keep(rows, KEPT)
+        print(family, ratio, row, flush=True)
+
+
+def time_steps(family: str, backend: str, device: torch.device, repeats: int = 15) -> None:
+    """Seconds of a step by what it does with the lanes, relative to the unaccelerated step, and MACs likewise."""
+    run = recorder(family, device)(4, 0)
+    program = fxmask.capture(run.denoiser, run.calls[0][0], run.roles)
+    output = next(block.name for block in program.blocks if block.kind == "output")
+    ways: dict[str, Any] = {"torch.compile": (torch.compile(run.denoiser, dynamic=False), 1.0)}
+    for name, computes in FORMS.items():
+        compute = torch.ones(2, 2, 1, dtype=torch.bool)
+        compute[1, :, 0] = torch.tensor(computes)
+        mask = fxmask.Mask(compute, run.timesteps[:2], (output,), None, program.fingerprint, lanes=("0", "1"), batched=True)
+        plan = fxmask.rectify(program, mask)
+        share = sum(plan.macs_per_step[2:]) / (2 * plan.full_macs)
+        ways[name] = fxmask.compile(program, plan, backend=backend, progress=False), share
+    calls = [step[0] for step in run.calls[:2]]
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for turn in range(repeats + 2):
+            for name, (model, _) in ways.items():
+                with getattr(model, "generation", torch.no_grad)():
+                    model(**calls[0])
+                    took = timed(lambda model=model: model(**calls[1]))[0]
+                if turn > 1:
+                    seconds[name].append(took)
+    base = statistics.median(seconds["torch.compile"])
+    row = {name: [round(statistics.median(seconds[name]) / base, 3), round(share, 3)] for name, (_, share) in ways.items()}
+    rows = {**known(KEPT), f"{family} time {backend}": {"device": device.type, "steps": row}}
+    keep(rows, KEPT)
+    print(family, row, flush=True)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Lanes with rows of their own",
+        "",
+        "`python examples/studies/lanes.py`: the shipped pipelines (of the DiT the name says the guidance, others are at 4),",
+        f"DDIM, {STEPS} steps, default effort on {RUNS * IMAGES} recorded images; mean PSNR in dB on 32 fresh images of other",
+        'noise and prompts. *Alike*: all lanes follow the same rows (`fxmask.learn(..., lanes="alike")`). *Own*: the same',
+        "measurements, and besides plans in which the lanes differ, for 60 units more; of both the one that is better on",
+        "held-out images is taken.",
+        "",
+        "| pipeline | asked | fewer steps | alike | own | gain | what was taken |",
+        "|" + "---|" * 7,
+    ]
+    gains = []
+    for family in FAMILIES:
+        for ratio in RATIOS:
+            row = rows.get(f"{family} {ratio}")
+            if row is None:
+                continue
+            alike, own = row["alike"], row["own"]
+            gains.append(own["psnr"] - alike["psnr"])
+            shown = f"{alike['psnr']:.1f} ({alike['ratio']:.2f}x) | {own['psnr']:.1f} ({own['ratio']:.2f}x) | {gains[-1]:+.1f}"
+            lines.append(f"| {family} | {ratio}x | {row['fewer']:.1f} | {shown} | {own['kind']} |")
+    missing = [f"{family} {ratio}x" for family in FAMILIES for ratio in RATIOS if f"{family} {ratio}" not in rows]
+    if missing:
+        lines += ["", f"Not measured: {', '.join(missing)}."]
+    timed_rows = {key: row for key, row in rows.items() if " time " in key}
+    if timed_rows:
+        lines += [
+            "",
+            "## Steps of a batch that holds both lanes",
+            "",
+            "Seconds of one step over those of the same model under torch.compile, and its MACs over the full ones; medians of",
+            "interleaved repeats, four images. A part is a batch of half the size.",
+            "",
+            "| pipeline | " + " | ".join(FORMS) + " |",
+            "|" + "---|" * (1 + len(FORMS)),
+        ]
+        for key, row in timed_rows.items():
+            cells = [f"{row['steps'][name][0]:.2f} (MACs {row['steps'][name][1]:.2f})" for name in FORMS]
+            lines.append(f"| {key.replace(' time ', ', ')}, {row['device']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=list(RATIOS))
+    parser.add_argument("--time", action="store_true", help="measure steps instead of plans")
+    parser.add_argument("--backend", default="inductor", help="of the steps that are timed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write", action="store_true", help="keep the table in the results")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    device = require_device(options.device)
+    for family in options.families:
+        if options.time:
+            time_steps(family, options.backend, device)
+        else:
+            measure(family, options.ratios, device, Path("build/lanes"))
+    print(table(known(KEPT)))
+    if options.write:
+        (RESULTS / "lanes.md").write_text(table(json.loads(KEPT.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
