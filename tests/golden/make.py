@@ -2,9 +2,10 @@
 
     python tests/golden/make.py            learn every cell again and compare it with the files
     python tests/golden/make.py --write    write the files; only where results are meant to change
+    python tests/golden/make.py --write NAME   of one cell, with the environment that it is written with
 
 Learning decides between near ties, so other versions of PyTorch and other processors may decide otherwise: bits are compared
-where ``environment.json`` is this machine's, and everywhere else the old files must load and run.
+where ``environment.json`` (or the cell's own) is this machine's, and everywhere else the old files must load and run.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def environment() -> dict[str, Any]:
     """What the bits depend on."""
     able = {name: value for name, value in sorted(torch.cpu.get_capabilities().items()) if value}
     return {"torch": torch.__version__.split("+")[0], "cpu": able}
+
+
+def written_with(name: str) -> dict[str, Any]:
+    """What the bits of one cell were written with."""
+    own = HERE / f"{name}-environment.json"
+    found: dict[str, Any] = json.loads((own if own.exists() else HERE / "environment.json").read_text(encoding="utf-8"))
+    return found
 
 
 def unet() -> torch.nn.Module:
@@ -175,11 +183,15 @@ def main() -> int:
     """Write the files, or compare with them."""
     write = "--write" in sys.argv
     wrong = []
-    for name in CELLS:
+    chosen = [name for name in CELLS if name in sys.argv]
+    for name in chosen or CELLS:
         (program, mask, _), data = learn_cell(name)
         path = HERE / f"{name}.json"
         if write:
             path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+            if chosen:  # saved plans stay as old as they are
+                (HERE / f"{name}-environment.json").write_text(json.dumps(environment()) + "\n", encoding="utf-8")
+                continue
             accelerated = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
             accelerated.save(HERE / name)
             (HERE / f"{name}-plan.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
@@ -188,7 +200,7 @@ def main() -> int:
         elif json.loads(path.read_text(encoding="utf-8")) != data:
             wrong.append(name)
         print(name, "written" if write else "differs" if name in wrong else "same")
-    if write:
+    if write and not chosen:
         (HERE / "environment.json").write_text(json.dumps(environment()) + "\n", encoding="utf-8")
     return len(wrong)
 

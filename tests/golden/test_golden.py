@@ -24,9 +24,10 @@ SAME = json.loads((make.HERE / "environment.json").read_text()) == json.loads(js
 bits = pytest.mark.skipif(not SAME, reason="bits depend on the version of PyTorch and the processor; these differ")
 
 
-@bits
 @pytest.mark.parametrize("name", make.CELLS)
 def test_the_same_bits_are_learned(name):
+    if make.written_with(name) != json.loads(json.dumps(make.environment())):
+        pytest.skip("bits depend on the version of PyTorch and the processor; these differ")
     _, data = make.learn_cell(name)
     assert data == json.loads((make.HERE / f"{name}.json").read_text())
 
