@@ -286,15 +286,15 @@ MUTATIONS = [
     Mutation(
         "lanes: a lane joins a run of another image",
         "fxmask/runtime/generation.py",
-        "if mask.lanes[at[1]] != lane.name if named else not self._is_same_sample(sample, found.sample):",
-        "if named and mask.lanes[at[1]] != lane.name:",
+        "            if not self._is_same_sample(sample, found.sample):\n",
+        "            if False:\n",
         LANES,
     ),
     Mutation(
-        "lanes: parts of a batch are lanes whatever their samples",
+        "lanes: a lane takes the turn of another name",
         "fxmask/runtime/generation.py",
-        "named = lane.name in mask.lanes and not mask.batched",
-        "named = lane.name in mask.lanes",
+        "            if lane.name in mask.lanes and mask.lanes[at[1]] != lane.name:\n",
+        "            if False:\n",
         LANES,
     ),
     Mutation(

@@ -26,6 +26,7 @@ from fxmask.learning.lane_moments import LaneMoments, Rows, indices
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.progress import Progress
+from fxmask.learning.room import Room
 from fxmask.learning.schedule import Origin, Schedule, lane_sources
 from fxmask.learning.student import Student, output_blocks
 from fxmask.sampling.sampler import Sampler
@@ -197,6 +198,7 @@ def own_rows(
     limits: Limits,
     seed: int,
     deployed: Program | None = None,
+    room: Room | None = None,
 ) -> OwnRows | None:
     """What searches plans with rows for each lane; ``None`` if there is one lane, or a part cannot be captured alike.
 
@@ -209,12 +211,13 @@ def own_rows(
         limits: that plans keep.
         seed: of local search.
         deployed: the program that will run, if that is another one.
+        room: how many bytes its values may take; without bound, if not given.
     """
     views = [views_of(runs, program) for runs in (learned, held_out)]
     if views[0] is None or views[1] is None:
         return None
     try:
-        student, judge = (Student(program, runs, deployed=deployed) for runs in views if runs is not None)
+        student, judge = (Student(program, runs, deployed=deployed, room=room) for runs in views if runs is not None)
     except (InputError, CaptureError) as error:
         logger.info("lanes have no rows of their own: %s", error)
         return None

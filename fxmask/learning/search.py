@@ -146,7 +146,7 @@ class Search:
         # Of few images every one judges what it had no part in, which is not done for lanes; with noise injected, forecasts of
         # outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
         if lanes == "own" and effort.lanes and not self.few and not self.stochastic and cost == "macs" and group.size == 1:
-            self.apart = own_rows(program, learned, held_whole, journal, self.progress, limits, seed, deployed)
+            self.apart = own_rows(program, learned, held_whole, journal, self.progress, limits, seed, deployed, room)
         if cost == "latency":
             seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
             student.price_by(per_step(student.deployed, seconds))
@@ -216,6 +216,9 @@ class Search:
                 return self.apart.best(budget, [c.schedule for c in finalists], self.effort, units)
             except KeyboardInterrupt:
                 logger.warning("learning was interrupted; plans whose lanes differ are left out")
+                return None
+            except InputError as error:  # no room for a whole batch: its pieces are not taken apart
+                logger.info("plans whose lanes differ are left out: %s", error)
                 return None
 
     def _best_of_many(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:

@@ -284,14 +284,15 @@ class Generation:
         mask = lane.variant.mask
         if not mask.lanes:
             return False
-        for course in dict.fromkeys(id(x.course) for x in reversed(self._lanes)):
-            found = next(x.course for x in self._lanes if id(x.course) == course)
+        courses = {id(x.course): x.course for x in reversed(self._lanes)}  # several lanes share one
+        for found in courses.values():
             at = None if found.next is None or found.next >= len(mask.order) else mask.order[found.next]
             if at is None or at[0] != step or at[1] in found.taken or found.sample is None:
                 continue
-            named = lane.name in mask.lanes and not mask.batched
-            if mask.lanes[at[1]] != lane.name if named else not self._is_same_sample(sample, found.sample):
+            if lane.name in mask.lanes and mask.lanes[at[1]] != lane.name:
                 continue
+            if not self._is_same_sample(sample, found.sample):
+                continue  # of another image
             lane.course, lane.number = found, at[1]
             found.taken.add(at[1])
             return True

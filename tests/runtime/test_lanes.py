@@ -111,18 +111,25 @@ def test_separate_calls(program: fxmask.Program, named: bool, marked: bool) -> N
 
 
 @unaccelerated
-def test_runs_side_by_side_are_not_mixed_up(program: fxmask.Program) -> None:
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("turns", ["lane by lane", "run by run", "crossed"])
+def test_runs_side_by_side_are_not_mixed_up(program: fxmask.Program, named: bool, turns: str) -> None:
     """Two unmarked runs in turn: no call reads the other run's values, whatever is computed for that."""
     accelerated = accelerated_of(program)
+    order = {
+        "lane by lane": [(0, 0), (1, 0), (0, 1), (1, 1)],
+        "run by run": [(0, 0), (0, 1), (1, 0), (1, 1)],
+        "crossed": [(1, 0), (0, 0), (0, 1), (1, 1)],
+    }[turns]
     one, two = calls_of_run(1), calls_of_run(2)
     with torch.no_grad():
         full = [[[program.model(**c) for c in step] for step in run] for run in (one, two)]
     allowed = [[flat(x) for x in pair] for pair in zip(full, [expected(program, 1), expected(program, 2)], strict=True)]
     for k in range(4):
-        for lane in range(2):
-            for n, run in enumerate((one, two)):
-                got = accelerated(**run[k][lane])
-                assert any(torch.equal(got, outputs[2 * k + lane]) for outputs in allowed[n])
+        for n, lane in order:
+            with accelerated.cache_context("ab"[lane]) if named else contextlib.nullcontext():
+                got = accelerated(**(one, two)[n][k][lane])
+            assert any(torch.equal(got, outputs[2 * k + lane]) for outputs in allowed[n])
 
 
 @unaccelerated
