@@ -157,6 +157,11 @@ class Executor:
             del cache[slot]
         return list(results[: graph.num_outputs])
 
+    def begin_whole(self, tensors: Sequence[torch.Tensor]) -> Rows:
+        """As ``begin``, for ``run_whole``, which is never a recording of a step."""
+        self._refresh_layouts()
+        return self.prologues.begin(tensors)
+
     def run_whole(
         self, step: int, tensors: Sequence[torch.Tensor], rows: Rows = ()
     ) -> tuple[list[torch.Tensor], dict[tuple[str, int], torch.Tensor]]:
@@ -165,7 +170,7 @@ class Executor:
         Args:
             step: number of the step.
             tensors: the program's inputs, in order.
-            rows: from ``begin`` with the same conditioning; without them the call stands alone.
+            rows: from ``begin_whole`` with the same conditioning; without them the call stands alone.
         """
         ready = self._ready.get(step) or Executor._prepare(self, step)
         graph = ready.graph

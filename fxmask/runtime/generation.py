@@ -368,7 +368,7 @@ class Generation:
             return
         executor, tensors = variant.executor(course.start), list(whole.bound.tensors.values())
         if course.whole is None or course.whole[0] is not executor or row == course.start:
-            course.whole = executor, executor.begin(tensors)
+            course.whole = executor, executor.begin_whole(tensors)
         outputs, stored = executor.run_whole(row, tensors, course.whole[1] if self._is_at(executor, row, whole) else ())
         size = len(mask.lanes)
         for k, part in enumerate(zip(*(x.chunk(size) for x in outputs), strict=True)):

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 
 import fxmask
+from fxmask.backends import BACKENDS, Backend
+from fxmask.backends.eager import Eager
 from fxmask.sampling.split_lanes import SplitLanes, lanes_in_batch, split_lanes
 
 TIMESTEPS = (900.0, 600.0, 300.0, 0.0)
@@ -202,6 +205,19 @@ def test_the_whole_batch_is_called_once(program: fxmask.Program, monkeypatch: py
             accelerated(**whole(step))
     assert [x for x in runs if x[0] == "run_whole"] == [("run_whole", 0), ("run_whole", 4)]
     assert [step for name, step in runs if name == "run_step"] == [2, 3, 6, 7]
+
+
+def test_recorded_steps_of_one_batch(program: fxmask.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of parts are replayed, those of the whole batch run as they are; both leave their values where the other reads."""
+    monkeypatch.setitem(BACKENDS, "recorded", Backend({"": Eager}, exact=True, capturer=Recorder))
+    big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
+    plan = fxmask.rectify(big, mask_of(big, batched=True))
+    accelerated = fxmask.compile(big, plan, backend="recorded")
+    for seed in (0, 1, 0):
+        with accelerated.generation():
+            got = [list(accelerated(**whole(step)).chunk(2)) for step in calls_of_run(seed)]
+        assert same(got, expected(program, seed))
+    assert accelerated.executor._problem is None
 
 
 @unaccelerated
