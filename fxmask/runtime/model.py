@@ -228,7 +228,7 @@ class AcceleratedModel(torch.nn.Module):
 
     @property
     def mask(self) -> Mask:
-        """The rectified mask, bool ``[T, B]``."""
+        """The rectified mask, bool ``[T, B]`` or ``[T, L, B]``."""
         return self.plan.mask
 
     @property

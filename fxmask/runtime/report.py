@@ -28,7 +28,8 @@ class Report:
         model: class name of the denoiser.
         num_steps: T.
         mac_ratio: total MACs of the full run over total MACs of the plan, the ideal speed-up.
-        macs_per_step: multiply-accumulates of each step, at the captured batch size.
+        macs_per_step: multiply-accumulates of each step, at the captured batch size; of each call, if lanes have rows of their
+            own. What follows counts likewise.
         full_macs: of one unmasked step.
         distinct_graphs: how many different step graphs run.
         peak_cache_bytes: largest number of bytes cached at once, per lane, at the captured batch size.
@@ -40,6 +41,7 @@ class Report:
         account: what the plans of the model have cost and saved; ``None`` where nobody keeps it.
         block_macs: for each block of the mask, multiply-accumulates of one call that die when it is skipped.
         quality: what ``fxmask.measure`` found with this plan; ``None`` if it was not measured.
+        lanes: names of lanes that have rows of their own.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Report:
     account: Account | None = None
     block_macs: dict[str, int] = field(default_factory=dict)
     quality: Quality | None = None
+    lanes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -88,6 +91,7 @@ class Report:
             account=account,
             block_macs={name: program.block(name).macs for name in mask.blocks},
             quality=quality,
+            lanes=mask.lanes,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,12 +110,12 @@ class Report:
         """Names and values for people: what it saves, how good it is, what the last runs did, the largest blocks."""
         found = [
             ("denoiser", f"{self.model}, batch {self.batch_size}"),
-            ("steps", f"{self.num_steps}"),
+            ("steps", f"{self.num_steps}" + (f", lanes {', '.join(self.lanes)} with rows of their own" if self.lanes else "")),
             ("MAC ratio (ideal)", f"{self.mac_ratio:.2f}x"),
             *([] if self.quality is None else self.quality.lines()),
             ("distinct graphs", f"{self.distinct_graphs}"),
-            ("peak cache", f"{self.peak_cache_bytes / 2**20:.2f} MiB per lane"),
-            ("kept per step", _shares(self.kept_per_step)),
+            ("peak cache", f"{self.peak_cache_bytes / 2**20:.2f} MiB {'for all lanes' if self.lanes else 'per lane'}"),
+            ("kept per call" if self.lanes else "kept per step", _shares(self.kept_per_step)),
         ]
         if self.error is not None:
             found.append(("estimated error", f"{self.error:.3g} of the samples' size"))
@@ -131,7 +135,8 @@ class Report:
         ]
         for name in shown:
             share = f", {self.block_macs[name] / max(1, self.full_macs):.1%} of the MACs" if name in self.block_macs else ""
-            found.append((name, f"{self.kept_per_block[name]}/{self.num_steps} steps{share}"))
+            rows = f"{len(self.macs_per_step)} calls" if self.lanes else f"{self.num_steps} steps"
+            found.append((name, f"{self.kept_per_block[name]}/{rows}{share}"))
         return found
 
     def __str__(self) -> str:

@@ -182,6 +182,10 @@ def test_lanes_of_one_batch(program: fxmask.Program) -> None:
             got = [list(accelerated(**whole(step)).chunk(2)) for step in calls_of_run(seed)]
         assert same(got, expected(program, seed))
     assert accelerated.plan.whole_steps == {0, 4}
+    report = str(accelerated.report())
+    assert "lanes a, b with rows of their own" in report
+    assert "5/8 calls" in report
+    assert accelerated.report().to_dict()["lanes"] == ["a", "b"]
     assert sorted(p.batch_size for p in accelerated.programs) == [2, 4]
     assert accelerated.program.batch_size == 2
 
