@@ -121,12 +121,8 @@ def rows_of(entry: Entry) -> list[tuple[str, str]]:
             )
         )
         rows.append(("step graphs", plan["distinct_graphs"]))
-        rows.append(
-            (
-                "cache",
-                f"{plan['peak_cache_bytes'] / 2**20:.2f} MiB {'for all lanes' if entry.mask.lanes else 'per lane'} at batch {plan['batch_size']}",
-            )
-        )
+        whose = "for all lanes" if entry.mask.lanes else "per lane"
+        rows.append(("cache", f"{plan['peak_cache_bytes'] / 2**20:.2f} MiB {whose} at batch {plan['batch_size']}"))
     rows += _measured(measured)
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in (facts.get(VERSIONS) or {}).items())))
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
