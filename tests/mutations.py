@@ -26,7 +26,7 @@ TIMEOUT = 1800  # seconds for the tests of one mutation; an endless loop is noti
 PROPERTIES = "passes/test_properties.py"
 SPECIALISED = f"{PROPERTIES}::test_specialised_is_the_reference"
 RUNTIME = ("runtime/test_model.py", "runtime/test_peer_bugs.py")
-LANES = ("runtime/test_lanes.py", SPECIALISED)
+LANES = ("runtime/test_lanes_apart.py", SPECIALISED)
 GUARDS = ("guards/test_calls.py", "guards/test_state.py", "guards/test_value_branches.py")
 REGIONS = ("passes/test_split_regions.py", "passes/test_pipeline.py")
 
