@@ -136,6 +136,20 @@ def test_runs_side_by_side_are_not_mixed_up(program: fxmask.Program, named: bool
 
 
 @unaccelerated
+def test_two_prompts_from_one_noise(program: fxmask.Program) -> None:
+    """Unmarked runs of other texts, step by step, in which every lane has the same sample: names keep them apart."""
+    accelerated = accelerated_of(program)
+    for step in range(4):
+        for name, text in (("a", 0.0), ("a", 2.0), ("b", 1.0), ("b", 3.0)):
+            given = call(step, text)
+            with accelerated.cache_context(name), torch.no_grad():
+                got, full = accelerated(**given), program.model(**given)
+            if name == "a" and step != 1:  # no source of the first lane is the other one's
+                earlier = [program.model(**call(2, x)) for x in (0.0, 2.0)] if step == 3 else []
+                assert any(torch.equal(got, x) for x in [full, *earlier[int(text // 2) :][:1]])
+
+
+@unaccelerated
 def test_one_lane_alone_is_right(program: fxmask.Program) -> None:
     """Guidance that is off: the second lane never comes, and all is computed."""
     accelerated = accelerated_of(program)
