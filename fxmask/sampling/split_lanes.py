@@ -17,6 +17,7 @@ import torch
 
 from fxmask._torch import pytree
 from fxmask.ir.outputs import first_tensor
+from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, ChangesSteps, Denoiser, Loop, Sampler
 
 MOST_LANES = 4
@@ -101,16 +102,7 @@ class SplitLanes:
 
     def rollout(self, denoiser: Denoiser) -> torch.Tensor:
         """The final samples with another denoiser, which is called for every lane."""
-        loop = self.loop()
-        try:
-            call = next(loop)
-            while True:
-                call = loop.send(first_tensor(denoiser(**call)))
-        except StopIteration as end:
-            final: torch.Tensor = end.value
-            return final
-        finally:
-            loop.close()
+        return Recording.rollout(self, denoiser)  # type: ignore[arg-type]  # has all that it asks for
 
     @property
     def can_change_steps(self) -> bool:
