@@ -97,7 +97,7 @@ def time_steps(family: str, backend: str, device: torch.device, repeats: int = 1
 TRIED = """
 In trials with quick effort on the DiT at guidance 4, judged on held-out images, lanes apart gained 0.9 dB at 1.5x and 0.5 to
 0.6 dB at 2x, most of it from coefficients of each lane that read the other one's present value: the best rows were the same for
-both lanes, or nearly. Full steps at equal distances with one lane rarer were 7 to 15 dB behind rows that are dense early at 1.5x.
+both lanes, or nearly. Full steps at equal distances with one lane rarer were 7 to 15 dB behind rows dense early at 1.5x.
 Rows that are chosen by the moments of the recorded calls need the weights of guidance as they are without clipping (-3 and 4
 here); with weights measured by larger steps they were up to 4 dB worse. Where alike lanes are refined by the default effort,
 little is left to gain.
