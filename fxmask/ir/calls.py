@@ -137,6 +137,23 @@ class BoundCall:
         return dict(arguments)
 
 
+def parts_of_batch(arguments: Any, rows: int, count: int) -> list[Any]:
+    """Arguments, nested, for each of ``count`` equal parts of a batch: every tensor with ``rows`` rows is taken apart."""
+
+    def part(x: Any, k: int) -> Any:
+        return x.chunk(count)[k] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == rows else x
+
+    return [pytree.tree_map(lambda x, k=k: part(x, k), arguments) for k in range(count)]
+
+
+def repeats(sample: torch.Tensor, count: int) -> bool:
+    """Whether a batch is so many equal parts. Waits for the device."""
+    if sample.shape[0] % count:
+        return False
+    first, *others = sample.chunk(count)
+    return all(torch.equal(first, other) for other in others)
+
+
 def describe_tensor(x: torch.Tensor) -> str:
     """Type, shape and place of a tensor: ``float32[2, 4, 64, 64] on cpu``."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"

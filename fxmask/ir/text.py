@@ -21,13 +21,13 @@ LETTERS = (LOADED, FORMED, FORMED, COMPUTED, " ")
 
 def columns_of(mask: Mask) -> list[tuple[str, list[int]]]:
     """What each step does with each block: name, and T indices into ``STATES``. Lanes with rows of their own are named."""
-    formed = mask.forecast.terms if mask.forecast else {}
+    formed, rows = mask.forecast.terms if mask.forecast else {}, mask.compute.tolist()
     found = []
     for b, block in enumerate(mask.blocks):
         for number, lane in enumerate(mask.lanes or ("",)):
             states = []
             for step in range(mask.num_steps):
-                on = bool(mask.compute[step, number, b] if lane else mask.compute[step, b])
+                on = rows[step][number][b] if lane else rows[step][b]
                 named = ((step, lane, block) if lane else (step, block)) in formed
                 state = (BLENDED if on else FORECAST) if named else FULL if on else REUSED
                 states.append(state if mask.call_of(step, number) is not None else ABSENT)

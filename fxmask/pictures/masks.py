@@ -98,7 +98,8 @@ def save_counts(mask: Mask, path: str | Path, *, every: int = 5, title: str | No
 
 def counts_of(mask: Mask, every: int) -> torch.Tensor:
     """How often each block computes in every few steps, int64 ``[B, ceil(T / every)]``; with lanes ``[B * L, ...]``."""
-    computed = (states_of(mask) == COMPUTED) | (states_of(mask) == BLENDED)
+    states = states_of(mask)
+    computed = (states == COMPUTED) | (states == BLENDED)
     return torch.stack([part.sum(dim=1) for part in torch.split(computed.long(), every, dim=1)], dim=1)
 
 

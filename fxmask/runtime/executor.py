@@ -135,13 +135,7 @@ class Executor:
         """
         ready = self._ready.get(step) or self._prepare(step)
         graph = ready.graph
-        arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
-        if graph.precomputed:
-            if not rows or not exact:
-                row = self.prologues.at(tensors)
-            else:
-                row = self.prologues.complete(rows[step], tensors) if ready.timed else rows[step]
-            arguments += ready.pick(row)
+        arguments = self._arguments(ready, step, tensors, rows if exact else ())
         arguments += ready.coefficients
         arguments += ready.read(cache)
         run = ready.run if ready.loose is not None else self.graphs.first_call(self.plan, step, ready.run)
@@ -156,6 +150,17 @@ class Executor:
         for slot in ready.drop:
             del cache[slot]
         return list(results[: graph.num_outputs])
+
+    def _arguments(self, ready: Ready, step: int, tensors: Sequence[torch.Tensor], rows: Rows) -> list[torch.Tensor]:
+        """What a step's graph takes of the inputs and of what is precomputed; without rows that is computed now."""
+        arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
+        if ready.graph.precomputed:
+            if not rows:
+                row = self.prologues.at(tensors)
+            else:
+                row = self.prologues.complete(rows[step], tensors) if ready.timed else rows[step]
+            arguments += ready.pick(row)
+        return arguments
 
     def begin_whole(self, tensors: Sequence[torch.Tensor]) -> Rows:
         """As ``begin``, for ``run_whole``, which is never a recording of a step."""
@@ -173,13 +178,8 @@ class Executor:
             rows: from ``begin_whole`` with the same conditioning; without them the call stands alone.
         """
         ready = self._ready.get(step) or Executor._prepare(self, step)
-        graph = ready.graph
-        arguments = [restride(tensors[k], layout) for k, layout in ready.inputs]
-        if graph.precomputed:
-            row = self.prologues.complete(rows[step], tensors) if rows and ready.timed else rows[step] if rows else None
-            arguments += ready.pick(self.prologues.at(tensors) if row is None else row)
-        run = self.graphs.first_call(self.plan, step, ready.run)
-        results = run(*arguments)
+        graph, run = ready.graph, self.graphs.first_call(self.plan, step, ready.run)
+        results = run(*self._arguments(ready, step, tensors, rows))
         return list(results[: graph.num_outputs]), dict(zip(graph.store, results[graph.num_outputs :], strict=True))
 
     def _settle(self, step: int, ready: Ready, results: Sequence[torch.Tensor]) -> frozenset[int]:

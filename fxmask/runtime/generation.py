@@ -38,6 +38,16 @@ IDLE_CALLS = 64
 
 
 @dataclass
+class WholeRun:
+    """What runs the steps of a course in which all lanes of one batch are computed."""
+
+    variant: Variant
+    executor: Executor
+    rows: Rows  # what was computed when it began
+    weights: WeightsState  # that the rows were computed with
+
+
+@dataclass
 class Course:
     """One run through the rows of a mask: of one lane, or of all lanes of a mask that has rows for each."""
 
@@ -46,7 +56,7 @@ class Course:
     cache: Cache = field(default_factory=dict)
     sample: torch.Tensor | None = None  # of its latest call that began a step
     taken: set[int] = field(default_factory=set)  # numbers of its lanes
-    whole: tuple[Executor, Rows] | None = None  # what runs steps of the whole batch, and what was computed when it began
+    whole: WholeRun | None = None  # what runs steps of the whole batch
 
     def stop(self) -> None:
         """Nothing can go on from it."""
@@ -362,20 +372,31 @@ class Generation:
 
     def _run_whole(self, lane: Lane, row: int, whole: Whole) -> None:
         """Compute one step of the whole batch, store the parts of what later calls read, and keep the parts of the outputs."""
-        course, mask = lane.course, lane.variant.mask
-        variant = self._variants.of(whole.bound)
-        if variant is None or variant.broken_assumption(list(whole.bound.tensors.values()), running=False) is not None:
+        course, mask, tensors = lane.course, lane.variant.mask, list(whole.bound.tensors.values())
+        known = course.whole
+        if known is None or known.variant.key != whole.bound.key or not known.variant.unchanged_in_step():
+            variant = self._variants.of(whole.bound)
+            if variant is None:
+                return
+            known = self._begin_whole(course, variant, tensors)
+        elif known.executor.prologues.weights.changed(known.weights, row):
+            known = self._begin_whole(course, known.variant, tensors)
+        if known.variant.broken_assumption(tensors, running=False) is not None:
             return
-        executor, tensors = variant.executor(course.start), list(whole.bound.tensors.values())
-        if course.whole is None or course.whole[0] is not executor or row == course.start:
-            course.whole = executor, executor.begin_whole(tensors)
-        outputs, stored = executor.run_whole(row, tensors, course.whole[1] if self._is_at(executor, row, whole) else ())
+        executor = known.executor
+        outputs, stored = executor.run_whole(row, tensors, known.rows if self._is_at(executor, row, whole) else ())
         size = len(mask.lanes)
         for k, part in enumerate(zip(*(x.chunk(size) for x in outputs), strict=True)):
             whole.outputs[row + k] = [x.clone() for x in part]
         for k in range(size):
             for block, value in lane.executor.plan.steps[row + k].store:
                 course.cache[Slot(block, value, row + k)] = stored[block, value].chunk(size)[k]
+
+    def _begin_whole(self, course: Course, variant: Variant, tensors: list[torch.Tensor]) -> WholeRun:
+        """What runs steps of the whole batch from now on."""
+        executor = variant.executor(course.start)
+        course.whole = WholeRun(variant, executor, executor.begin_whole(tensors), executor.prologues.weights.now())
+        return course.whole
 
     def _is_at(self, executor: Executor, row: int, whole: Whole) -> bool:
         """Whether the table of the timestep's values is for this very timestep."""

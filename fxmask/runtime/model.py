@@ -28,7 +28,7 @@ from fxmask.errors import InputError, MaskError
 from fxmask.frontend.capture import capture
 from fxmask.guards.ambient import needs_gradients
 from fxmask.ir.block import Block
-from fxmask.ir.calls import RETURN_DICT, BoundCall
+from fxmask.ir.calls import RETURN_DICT, BoundCall, parts_of_batch
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
@@ -36,7 +36,7 @@ from fxmask.ir.rebind import Rebinder
 from fxmask.passes.rectify import rectify
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.account import Improver
-from fxmask.runtime.batched_lanes import Whole, joined, parts_of
+from fxmask.runtime.batched_lanes import Whole, joined
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
@@ -350,7 +350,8 @@ class AcceleratedModel(torch.nn.Module):
         """A call that holds all lanes of a mask, part by part."""
         shared = Whole(whole)
         outputs = []
-        for name, (some, named) in zip(mask.lanes, parts_of(whole, args, kwargs, len(mask.lanes)), strict=True):
+        parts = parts_of_batch((tuple(args), dict(kwargs)), whole.batch_size, len(mask.lanes))
+        for name, (some, named) in zip(mask.lanes, parts, strict=True):
             with self._fxmask.lanes.called(name, shared):
                 outputs.append(self.forward(*some, **named))
         return joined(outputs)

@@ -9,13 +9,13 @@ of it in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fxmask._torch import pytree
+from fxmask.ir.calls import parts_of_batch, repeats
 from fxmask.ir.outputs import first_tensor
 from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, ChangesSteps, Denoiser, Loop, Sampler
@@ -65,14 +65,7 @@ class SplitLanes:
 
     def parts(self, call: Call) -> list[dict[str, Any]]:
         """The call of each lane."""
-        rows = len(call[self.run.sample])
-
-        def part(x: Any, k: int) -> Any:
-            return x.chunk(self.count)[k] if isinstance(x, torch.Tensor) and x.dim() and len(x) == rows else x
-
-        return [
-            {name: pytree.tree_map(lambda x, k=k: part(x, k), value) for name, value in call.items()} for k in range(self.count)
-        ]
+        return parts_of_batch(dict(call), len(call[self.run.sample]), self.count)
 
     def loop(self) -> Loop:
         """The sampler as a generator: yields the calls of each lane, in order, and is sent the prediction of each."""
@@ -126,7 +119,7 @@ def lanes_in_batch(run: Sampler) -> int:
     if len(rows) != 1 or not all(isinstance(step[0][run.sample], torch.Tensor) for step in run.calls):
         return 1
     for count in range(MOST_LANES, 1, -1):
-        if min(rows) % count == 0 and all(_are_equal(step[0][run.sample].chunk(count)) for step in run.calls):
+        if all(repeats(step[0][run.sample], count) for step in run.calls):
             calls = SplitLanes(run, count).parts(run.calls[0][0])
             if not all(_is_same_call(calls[0], other) for other in calls[1:]):
                 return count
@@ -155,10 +148,6 @@ def split_lanes(run: Sampler, model: torch.nn.Module) -> SplitLanes | None:
             if got.shape != wanted.shape or bool((got - wanted).float().norm() > bound * wanted.float().norm()):
                 return None
     return view
-
-
-def _are_equal(parts: Sequence[torch.Tensor]) -> bool:
-    return all(torch.equal(parts[0], part) for part in parts[1:])
 
 
 def _is_same_call(a: Call, b: Call) -> bool:

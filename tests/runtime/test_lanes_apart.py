@@ -238,6 +238,29 @@ def test_recorded_steps_of_one_batch(program: fxmask.Program, monkeypatch: pytes
     assert accelerated.executor._problem is None
 
 
+def test_weights_that_change_in_the_middle_of_a_run(program: fxmask.Program) -> None:
+    """What steps of the whole batch compute ahead follows them: here a bias of the timestep's own table."""
+
+    class Timed(Guided):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = torch.nn.Linear(1, 4).double()
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return super().forward(sample, timestep, text) + self.time(timestep.reshape(-1, 1).double())
+
+    model = Timed().eval()
+    big = fxmask.capture(model, whole(calls_of_run()[0]), {"text": "conditioning"})
+    accelerated = fxmask.compile(big, fxmask.rectify(big, mask_of(big, batched=True)), backend="inductor", progress=False)
+    with accelerated.generation(), torch.no_grad():
+        for step in range(3):
+            if step == 2:
+                model.time.bias.add_(64.0)
+            given = whole(calls_of_run()[step])
+            got = accelerated(**given)
+        torch.testing.assert_close(got, model(**given))
+
+
 @unaccelerated
 def test_a_batch_of_images_is_no_batch_of_lanes(program: fxmask.Program) -> None:
     """Guidance that is off, and two images: their samples differ, so nothing of one is formed from the other's."""
