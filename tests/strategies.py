@@ -72,7 +72,8 @@ class Pair:
         made = self.denoiser.make_calls(self.mask.num_steps, self.lanes)
         if not self.mask.lanes:
             return made
-        return [[call for lane, call in enumerate(step) if (i, lane) in self.mask.order] for i, step in enumerate(made)]
+        of_one_image = [[{**call, "sample": step[0]["sample"].clone()} for call in step] for step in made]
+        return [[call for lane, call in enumerate(step) if (i, lane) in self.mask.order] for i, step in enumerate(of_one_image)]
 
     def turns(self) -> list[tuple[int, int, dict[str, Any]]]:
         """(row of the plan, number of the cache, call) of all calls, in order."""
@@ -103,17 +104,29 @@ class Pair:
         terms = dict(self.mask.forecast.terms) if self.mask.forecast else {}
         rows = self.mask.compute.int().tolist()
         blocks = "".join(f"    fxmask.Block({b.name!r}, {b.kind!r}, {b.values!r}, 0, 0),\n" for b in self.program.blocks)
+        shared, calling = "", "    got = [[accelerated(**call) for call in step] for step in calls]\n"
+        if self.mask.lanes:  # lanes of one image, each under its name, without the calls that the mask does not have
+            shared = (
+                "for step in calls:\n    for call in step:\n        call['sample'] = step[0]['sample'].clone()\n"
+                f"order = {self.mask.order}\n"
+                "calls = [[call for lane, call in enumerate(step) if (i, lane) in order] for i, step in enumerate(calls)]\n"
+            )
+            calling = (
+                "    got = []\n"
+                "    for (_, lane), call in zip(order, [call for step in calls for call in step]):\n"
+                "        with accelerated.cache_context(mask.lanes[lane]):\n"
+                "            got.append(accelerated(**call))\n"
+            )
         return (
             f"{self.denoiser.source}\n\nimport fxmask\n\n# {self.choice}\n"
-            f"calls = make_calls({self.mask.num_steps}, {self.lanes})\n"
+            f"calls = make_calls({self.mask.num_steps}, {self.lanes})\n{shared}"
             "program = fxmask.capture(Denoiser().eval(), calls[0][0], ROLES)\n"
             f"program = dataclasses.replace(program, blocks=(\n{blocks}))\n"
             f"mask = fxmask.Mask(torch.tensor({rows}), {self.mask.timesteps}, {self.mask.blocks}, fxmask.Forecast({terms}), "
             f"lanes={self.mask.lanes}, called={None if self.mask.called is None else self.mask.called.tolist()})\n"
             "expected = fxmask.reference.run(program, mask, calls)\n"
             'accelerated = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")\n'
-            "with accelerated.generation():\n"
-            "    got = [[accelerated(**call) for call in step] for step in calls]\n"
+            f"with accelerated.generation():\n{calling}"
             "print(expected, got)\n"
         )
 
@@ -178,8 +191,9 @@ def _mask_of_lanes(
     """A mask with rows for each lane, whose forecasts read any call before."""
     lanes = tuple("abc"[: choice.lanes])
     called = torch.ones(choice.steps, len(lanes), dtype=torch.bool)
-    if rng.random() < 0.3:
-        called[rng.randrange(choice.steps) :, rng.randrange(len(lanes))] = False  # guidance that stops midway
+    if rng.random() < 0.4:  # guidance that stops or starts midway
+        at, lane = rng.randrange(choice.steps), rng.randrange(len(lanes))
+        called[slice(at, None) if rng.random() < 0.5 else slice(at), lane] = False
     ones = torch.ones(choice.steps, len(lanes), len(names), dtype=torch.bool)
     every = fxmask.Mask(ones, tuple(timesteps), names, None, program.fingerprint, lanes=lanes, called=called)
     compute = random_rows(len(every.order), len(names), rng)

@@ -15,7 +15,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from quality_ablations import PAPER, ablation_tables, measure_ablations, paper_m
 from quality_cells import (
     EVALUATION,
     FAMILIES,
+    GUIDED,
     RATIOS,
     Cell,
     Evaluation,
@@ -36,10 +37,15 @@ from quality_fid import fid_table, measure_fid
 from quality_rivals import coarse_ddim, rivals
 from quality_seeds import measure_seeds, seeds_table
 
-from fxmask.storage.plans import save_mask
+from fxmask.learning.search import Search
+from fxmask.storage.plans import load_plan, save_mask
 
 __all__ = ["Cell", "Results", "coarse_ddim", "main", "write_table"]  # what the tests look at
 
+NAMES = (*FAMILIES, *GUIDED)
+ALIKE = "fxmask, lanes alike"
+LEARNED = (("fxmask quick", "quick", "alike"), (ALIKE, "default", "alike"), ("fxmask", "default", "own"))
+EFFORTS = ("quick", "default")
 EXAMPLES = Path(__file__).resolve().parents[1]
 PARTS = {
     "cells": "plans at 1.5x, 2x and 3x",
@@ -55,43 +61,50 @@ def _describe() -> str:
     return "; ".join(f"{part}: {what}" for part, what in PARTS.items())
 
 
-def run_cell(cell: Cell, folder: Path, paper: bool) -> None:
+def run_cell(cell: Cell, folder: Path, paper: bool, efforts: Sequence[str] = EFFORTS) -> None:
     """Measure what is missing in one cell."""
     results = Results(folder / f"{cell.name}.json")
     evaluation = Evaluation(cell)
     training = cell.training()
     if not results.has("full sampler 1.0"):
         results.put("full sampler 1.0", evaluation.full())
-    for effort in ("quick", "default"):
-        label = "fxmask" if effort == "default" else "fxmask quick"
-        if all(results.has(f"{label} {ratio}") for ratio in RATIOS):
-            continue
-        search = searching(cell, training, effort, folder / f"{cell.name}-{effort}.journal.json")
-        for ratio in (2.0, 1.5, 3.0):
-            if results.has(f"{label} {ratio}"):
-                continue
-            started = time.perf_counter()
-            point = search.best(1 / ratio)
-            facts: dict[str, Any] = {"units": point.units, "kind": point.kind, "seconds": time.perf_counter() - started}
-            save_mask(results.mask(f"{label} {ratio}"), point.mask, facts, {})
-            results.put(f"{label} {ratio}", evaluation.of_mask(point.mask, **facts))
     for name, measure in rivals(evaluation, training):
         for ratio in RATIOS:
-            row = None if results.has(f"{name} {ratio}") else measure(ratio)
+            key = f"{name} {ratio}"
+            row = None if results.is_complete(key) else measure(ratio)
             if row is not None:
-                results.put(f"{name} {ratio}", row)
-    for name in PAPER if paper and cell.family in ("ddpm", "dit") and cell.steps == 20 else ():
+                results.put(key, {**row, **{k: v for k, v in results.rows.get(key, {}).items() if k == "converged"}})
+    for label, effort, lanes in LEARNED:
+        if effort not in efforts or (label == ALIKE and (cell.guidance is None or cell.eta)):
+            continue  # where guidance's lanes are never told apart, the two are one
+        search: Search | None = None
+        for ratio in (2.0, 1.5, 3.0):
+            key = f"{label} {ratio}"
+            if results.is_complete(key):
+                continue
+            if results.has(key) and results.mask(key).exists():  # of an earlier version, which measured less
+                mask, facts, _ = load_plan(results.mask(key))
+            else:
+                search = search or searching(cell, training, effort, folder / f"{cell.name}-{effort}.journal.json", lanes=lanes)
+                started = time.perf_counter()
+                point = search.best(1 / ratio)
+                facts = {"units": point.units, "kind": point.kind, "seconds": time.perf_counter() - started}
+                mask = point.mask
+                save_mask(results.mask(key), mask, facts, {})
+            known = {k: v for k, v in results.rows.get(key, {}).items() if k == "converged"}
+            results.put(key, {**evaluation.of_mask(mask, **facts, lanes=len(mask.lanes)), **known})
+    for name in PAPER if paper and cell.name.startswith(("ddpm-20", "dit-20")) else ():
         if not results.has(f"{name} 2.0"):
             mask, learned = paper_mask(cell, folder, name)
             results.put(f"{name} 2.0", evaluation.of_mask(mask, **learned))
 
 
-def run(cell: Cell, folder: Path, parts: list[str], paper: bool) -> None:
+def run(cell: Cell, folder: Path, parts: list[str], paper: bool, efforts: Sequence[str] = EFFORTS) -> None:
     """The parts that a cell has."""
     deterministic = not cell.eta
-    closer = deterministic and cell.steps == 20 and cell.family in ("ddpm", "dit")
+    closer = deterministic and cell.steps == 20 and cell.name.startswith(("ddpm-20", "dit-20"))
     if "cells" in parts:
-        run_cell(cell, folder, paper)
+        run_cell(cell, folder, paper, efforts)
     steps: dict[str, tuple[bool, Callable[[Cell, Path], None]]] = {
         "solver": (deterministic, measure_solver),
         "seeds": (closer, measure_seeds),
@@ -107,10 +120,11 @@ def run(cell: Cell, folder: Path, parts: list[str], paper: bool) -> None:
 def main() -> None:
     """Runs what was asked for, then writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
+    parser.add_argument("--families", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--steps", nargs="+", type=int, default=[20, 50])
     parser.add_argument("--samplers", nargs="+", default=["deterministic", "stochastic"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help=_describe())
+    parser.add_argument("--efforts", nargs="+", default=EFFORTS, choices=EFFORTS, help="of fxmask's plans in cells")
     parser.add_argument("--folder", type=Path, default=Path("build/quality"))
     parser.add_argument("--no-paper", action="store_true", help="leave the paper's learner out")
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -123,8 +137,8 @@ def main() -> None:
     for steps in options.steps if parts else ():
         for family in options.families:
             for sampler in options.samplers:
-                cell = Cell(family, steps, float(sampler == "stochastic"))
-                run(cell, options.folder, parts, not options.no_paper)
+                cell = Cell.of(family, steps, float(sampler == "stochastic"))
+                run(cell, options.folder, parts, not options.no_paper, options.efforts)
     write_table(options.folder, options.output)
     _copy(options.folder, shipped, replace=True)
 

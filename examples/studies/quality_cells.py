@@ -15,16 +15,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where digits.py is
 
-from digits import captions_of, load_classifier, load_model, load_pipeline, load_scheduler
+from digits import NULL_CLASS, captions_of, load_classifier, load_model, load_pipeline, load_scheduler
 
 import fxmask
 from fxmask.learning.effort import EFFORTS, Limits
 from fxmask.learning.search import Search
-from fxmask.metrics import psnr
+from fxmask.metrics import psnr, ssim
 from fxmask.sampling.trajectory import Trajectory
 from fxmask.storage.plans import load_plan, save_mask
 
 FAMILIES = ("ddpm", "dit", "ldm", "pixart")
+GUIDED = {"dit-1.5": ("dit", 1.5), "dit-4": ("dit", 4.0), "ldm-4": ("ldm", 4.0), "pixart-4": ("pixart", 4.0)}
 RATIOS = (1.5, 2.0, 3.0)
 EVALUATION = 128  # images of fresh noise
 
@@ -33,16 +34,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One family, number of steps and sampler."""
+    """One family, number of steps and sampler, and the scale of guidance if there is some."""
 
     family: str
     steps: int
     eta: float
+    guidance: float | None = None
+
+    @classmethod
+    def of(cls, name: str, steps: int, eta: float) -> Cell:
+        """The cell of a family, or of a family and a scale of guidance, such as ``dit-4``."""
+        family, guidance = GUIDED.get(name, (name, None))
+        return cls(family, steps, eta, guidance)
 
     @property
     def name(self) -> str:
         """For file names."""
-        return f"{self.family}-{self.steps}-{'stochastic' if self.eta else 'deterministic'}"
+        guidance = "" if self.guidance is None else f"-{self.guidance:g}"
+        return f"{self.family}{guidance}-{self.steps}-{'stochastic' if self.eta else 'deterministic'}"
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -50,14 +59,32 @@ class Cell:
         return load_model(self.family)
 
     def batches(self, images: int = EVALUATION) -> list[int]:
-        """Batch sizes of so many images: the U-Nets take another path from 64 on, which would be another program."""
-        size = min(images, 32 if self.family in ("ddpm", "ldm") else 64)
+        """Batch sizes of so many images: the U-Nets take another path from 64 on, which would be another program.
+
+        With guidance every image is there twice.
+        """
+        size = min(images, (32 if self.family in ("ddpm", "ldm") else 64) // (1 if self.guidance is None else 2))
         return [size] * (images // size)
 
     def scheduler(self, kind: str = "DDIMScheduler") -> Any:
         """The shipped noise schedule."""
         folder = "latent_scheduler" if self.family in ("ldm", "pixart") else "scheduler"
         return load_scheduler(kind, folder=folder)
+
+    def no_conditioning(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
+        """What guidance leads away from: no class, or the empty caption."""
+        if self.family == "dit":
+            return {"class_labels": torch.full((batch_size,), NULL_CLASS)}
+        return {key: x.expand(batch_size, *x.shape[1:]) for key, x in self._empty.items() if isinstance(x, torch.Tensor)}
+
+    @cached_property
+    def _empty(self) -> dict[str, Any]:
+        from digits import encode_captions
+
+        pipeline: Any = load_pipeline(self.family)
+        with torch.no_grad():
+            encoded: dict[str, Any] = encode_captions(pipeline.text_encoder, [""])
+        return encoded
 
     @cached_property
     def _prompts(self) -> Callable[[int, torch.Generator], dict[str, Any]]:
@@ -86,6 +113,7 @@ class Cell:
         """A sampling run of the unaccelerated model."""
         options = {"eta": self.eta} if self.eta and scheduler is None else None
         scheduler = scheduler or self.scheduler()
+        guided = {} if self.guidance is None else {"guidance_scale": self.guidance, "unconditional": self.no_conditioning}
         return fxmask.record(
             self.model,
             scheduler,
@@ -94,14 +122,18 @@ class Cell:
             example_inputs=self.conditioning,
             step_kwargs=options,
             seed=seed,
+            **guided,
         )
 
     @property
     def training_runs(self) -> tuple[int, int]:
         """Recorded runs to learn from, the last ones held out, and images in each.
 
-        More where injected noise makes images differ in how hard they are, fewer where each takes long.
+        More where injected noise makes images differ in how hard they are, fewer where each takes long: with guidance twice as
+        long.
         """
+        if self.guidance is not None:
+            return (3, 16) if self.eta and self.steps <= 20 else (3, 8)
         if not self.eta:
             return (3, 16) if self.steps <= 20 else (3, 8)
         own = {"dit": (10, 16)} if self.steps <= 20 else {"ddpm": (3, 16), "dit": (5, 16)}
@@ -141,6 +173,10 @@ class Results:
     def has(self, key: str) -> bool:
         """Whether a row is there."""
         return key in self.rows
+
+    def is_complete(self, key: str) -> bool:
+        """Whether a row is there with all that is measured; rows of earlier versions lack what is compared besides PSNR."""
+        return key in self.rows and ("psnr" not in self.rows[key] or "ssim" in self.rows[key])
 
     def samples(self, key: str) -> Path:
         """Where the images of a row are kept."""
@@ -193,6 +229,13 @@ class Evaluation:
         self.reference = cell.decode(torch.cat([t.final for t in self.runs]))
         self.classifier = load_classifier()
         self.classes = self._classes(self.reference)
+        self.features = self._features(self.reference)
+        self.apart = float(torch.pdist(self.features).mean())
+
+    @torch.no_grad()
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.classifier.features(images.clamp(-1, 1))
+        return features
 
     @torch.no_grad()
     def _classes(self, images: torch.Tensor) -> torch.Tensor:
@@ -210,6 +253,8 @@ class Evaluation:
         if own:
             quality = psnr(images, self.reference).clamp(max=100)
             row["psnr"], row["p10"] = float(quality.mean()), float(quality.quantile(0.1))
+            row["ssim"] = float(ssim(images, self.reference).mean())
+            row["features"] = float((self._features(images) - self.features).norm(dim=1).mean() / self.apart)
             row["agreement"] = float((self._classes(images) == self.classes).float().mean())
         return row
 
@@ -221,11 +266,14 @@ class Evaluation:
         return self.row(samples, plan.mac_ratio, own, graphs=plan.distinct_graphs, **more)
 
 
-def searching(cell: Cell, training: Sequence[Trajectory], effort: str, journal: Path, seed: int = 0) -> Search:
+def searching(
+    cell: Cell, training: Sequence[Trajectory], effort: str, journal: Path, seed: int = 0, lanes: str = "own"
+) -> Search:
     """fxmask's learner; what it measured in an earlier process, it reads from the journal."""
     program = fxmask.capture(cell.model, training[0].calls[0][0])
     journal.parent.mkdir(parents=True, exist_ok=True)
-    return Search(program, training, effort=EFFORTS[effort], limits=Limits(), seed=seed, progress=True, checkpoint=journal)
+    given: dict[str, Any] = {"seed": seed, "progress": True, "checkpoint": journal, "lanes": lanes}
+    return Search(program, training, effort=EFFORTS[effort], limits=Limits(), **given)
 
 
 def default_mask(cell: Cell, folder: Path, seed: int = 0) -> tuple[fxmask.Mask, Mapping[str, Any]]:

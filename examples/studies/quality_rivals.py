@@ -14,7 +14,7 @@ import fxmask
 from fxmask.learning.levels import Level, evenly, levels_of
 from fxmask.learning.schedule import Schedule
 from fxmask.learning.student import Student
-from fxmask.sampling.trajectory import Trajectory
+from fxmask.sampling.trajectory import Trajectory, guided, twice
 
 
 def _alpha(scheduler: Any, t: float) -> torch.Tensor:
@@ -54,10 +54,10 @@ def coarse_ddim(
     grid = [*fine.timesteps, -1.0]
     x = fine.initial_noise.clone()
     for k, (t, after) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
-        call = {**fine.calls[0][0], fine.sample: x}
+        call = {**fine.calls[0][0], fine.sample: twice(x, fine.guidance_scale)}
         call["timestep"] = torch.as_tensor(int(t)).expand(torch.as_tensor(call["timestep"]).shape)
         output = model(**call)
-        epsilon = output[0] if not isinstance(output, torch.Tensor) else output
+        epsilon = guided(output[0] if not isinstance(output, torch.Tensor) else output, fine.guidance_scale)
         if epsilon.shape[1] == 2 * x.shape[1]:
             epsilon = epsilon.chunk(2, dim=1)[0]
         a, b = _alpha(scheduler, t), _alpha(scheduler, after)

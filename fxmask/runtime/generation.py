@@ -47,6 +47,25 @@ class WholeRun:
     weights: WeightsState  # that the rows were computed with
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A sample of a call, that others are compared with, whatever its owner writes into it meanwhile."""
+
+    given: torch.Tensor
+    version: int
+    copy: torch.Tensor
+
+    @classmethod
+    def of(cls, sample: torch.Tensor) -> Seen:
+        return cls(sample, version_of(sample), sample.clone())
+
+    def is_same(self, other: torch.Tensor) -> bool:
+        """Whether a call of the same step is of the same image. Waits for the device where memory does not tell."""
+        if self.version != -1 and version_of(other) == self.version and is_same_memory(other, self.given):
+            return True
+        return other.shape == self.copy.shape and other.dtype == self.copy.dtype and bool(torch.equal(other, self.copy))
+
+
 @dataclass
 class Course:
     """One run through the rows of a mask: of one lane, or of all lanes of a mask that has rows for each."""
@@ -54,7 +73,7 @@ class Course:
     start: int = 0  # the row that it began with
     next: int | None = None  # the row whose call comes next; None: no caches to go on from
     cache: Cache = field(default_factory=dict)
-    sample: torch.Tensor | None = None  # of its latest call that began a step
+    sample: Seen | None = None  # of its latest call, as long as lanes are missing
     taken: set[int] = field(default_factory=set)  # numbers of its lanes
     whole: WholeRun | None = None  # what runs steps of the whole batch
 
@@ -271,7 +290,7 @@ class Generation:
                 return variant.executor(0).run_full(tensors)
         if not running:
             if row is not None:
-                lane.course = Course(row, row, sample=bound.sample, taken={lane.number})
+                lane.course = Course(row, row, taken={lane.number})
                 if row != variant.executor(0).plan.start:
                     self._missed(lane, again, value)
             lane.executor = variant.executor(lane.course.start)
@@ -290,29 +309,30 @@ class Generation:
         return step is not None and following is not None and lane.variant.mask.call_of(step, lane.number) == following
 
     def _join(self, lane: Lane, step: int, sample: torch.Tensor) -> bool:
-        """Take a lane into a course in which the next call is another lane's first one, with this sample."""
+        """Take a lane into a course in which the next call is another lane's first one, with this sample.
+
+        Where the lane is the first of its step there is no sample to compare: its name tells then.
+        """
         mask = lane.variant.mask
         if not mask.lanes:
             return False
         courses = {id(x.course): x.course for x in reversed(self._lanes)}  # several lanes share one
         for found in courses.values():
             at = None if found.next is None or found.next >= len(mask.order) else mask.order[found.next]
-            if at is None or at[0] != step or at[1] in found.taken or found.sample is None:
+            if found.next is None or at is None or at[0] != step or at[1] in found.taken:
                 continue
-            if lane.name in mask.lanes and mask.lanes[at[1]] != lane.name:
+            named = lane.name in mask.lanes
+            if named and mask.lanes[at[1]] != lane.name:
                 continue
-            if not self._is_same_sample(sample, found.sample):
-                continue  # of another image
+            if found.next > found.start and mask.order[found.next - 1][0] == step:
+                if found.sample is None or not found.sample.is_same(sample):
+                    continue  # of another image
+            elif not named or any(mask.call_of(i, at[1]) is not None for i in range(mask.order[found.start][0], step)):
+                continue  # it would have come before
             lane.course, lane.number = found, at[1]
             found.taken.add(at[1])
             return True
         return False
-
-    def _is_same_sample(self, sample: torch.Tensor, other: torch.Tensor) -> bool:
-        """Whether two calls of one step are of one image. Waits for the device where memory does not tell, once per run."""
-        if sample is other or is_same_memory(sample, other):
-            return True
-        return sample.shape == other.shape and sample.dtype == other.dtype and bool(torch.equal(sample, other))
 
     def _first_row(self, lane: Lane, step: int) -> int | None:
         """The row of the mask that a run begins with which has nothing to go on from; ``None`` if there is none."""
@@ -350,7 +370,7 @@ class Generation:
             if trial is not None:
                 trial.after(step, variant.program, tensors, outputs[0])
         course.next = row + 1
-        course.sample = tensors[variant.sample] if variant.mask.lanes else None
+        course.sample = Seen.of(tensors[variant.sample]) if len(course.taken) < len(variant.mask.lanes) else None
         if lane.position == variant.mask.num_steps:
             lane.rows, lane.steady = (), None  # the run is over: memory that it has is for the next
         assert lane.stats is not None

@@ -179,6 +179,50 @@ def test_starting_in_the_middle(program: fxmask.Program) -> None:
     assert same(got, wanted)
 
 
+def test_a_first_lane_that_comes_midway(program: fxmask.Program) -> None:
+    """Guidance that starts at a later step, its lane called before the other one: there its name tells that it belongs."""
+    called = torch.tensor([[False, True], [True, True], [True, True], [True, True]])
+    compute = torch.tensor([[[0], [1]], [[1], [0]], [[1], [1]], [[0], [0]]], dtype=torch.bool)
+    terms = {(1, "b", OUTPUT): ((0, 1.0),), (3, "a", OUTPUT): ((2, 1.0),), (3, "b", OUTPUT): ((2, 2.0),)}
+    mask = replace(mask_of(program), compute=compute, called=called, forecast=fxmask.Forecast(terms))
+    calls = [[c for c, there in zip(step, row, strict=True) if there] for step, row in zip(calls_of_run(), called, strict=True)]
+    wanted = fxmask.reference.run(program, mask, calls)
+    accelerated = fxmask.compile(program, fxmask.rectify(program, mask), backend="eager")
+    for _ in range(2):
+        got = []
+        for step, row in zip(calls, called, strict=True):
+            names = [name for name, there in zip("ab", row, strict=True) if there]
+            for name, c in zip(names, step, strict=True):
+                with accelerated.cache_context(name):
+                    got.append(accelerated(**c))
+        assert all(torch.equal(a, b) for a, b in zip(got, flat([wanted[:1], *wanted[1:]]), strict=True))
+        assert sum(run.followed for run in accelerated.report().runs[-2:]) == 6
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_two_images_in_one_buffer(program: fxmask.Program, inference: bool) -> None:
+    """A caller that writes the sample of another image where the last one was does not make its call a lane of that run."""
+    accelerated = accelerated_of(program)
+    one, two = call(0, 0.0, seed=1), call(0, 1.0, seed=2)
+    with torch.inference_mode(inference):
+        buffer = one["sample"].clone()
+        accelerated(**{**one, "sample": buffer})
+        buffer.copy_(two["sample"])
+        other = accelerated(**{**two, "sample": buffer})
+        assert torch.equal(other, program.model(**two))
+    assert not any(run.followed for run in accelerated.report().runs)
+
+
+def test_a_caller_writes_into_its_sample_between_the_lanes(program: fxmask.Program) -> None:
+    """What was there at the call counts: the lanes of a step belong together all the same."""
+    accelerated = accelerated_of(program)
+    for step in calls_of_run():
+        for c in step:
+            accelerated(**c)
+            c["sample"].fill_(7)
+    assert sum(run.followed for run in accelerated.report().runs) == 7
+
+
 # --- one batch
 
 
