@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from quality_ablations import PAPER, ablation_tables, measure_ablations, paper_mask
 from quality_cells import (

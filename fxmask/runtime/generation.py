@@ -57,6 +57,7 @@ class Seen:
 
     @classmethod
     def of(cls, sample: torch.Tensor) -> Seen:
+        """The sample of a call that is made now."""
         return cls(sample, version_of(sample), sample.clone())
 
     def is_same(self, other: torch.Tensor) -> bool:
