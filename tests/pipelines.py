@@ -120,6 +120,21 @@ def image_to_image() -> tuple[Any, dict[str, Any]]:
 
 
 @pipeline
+def edited_image() -> tuple[Any, dict[str, Any]]:
+    """Guidance of a text and of an image: three rows for each sample, with the image, or zeros, in channels of its own."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    pipe, call = small_stable_diffusion()
+    wider = {**pipe.unet.config, "in_channels": 2 * pipe.unet.config.in_channels}
+    torch.manual_seed(0)
+    parts = {**pipe.components, "unet": type(pipe.unet).from_config(wider).eval()}
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    image = randn(2, pipe.vae.config.in_channels, size, size).tanh()
+    return pipe, {**call, "image": image, "image_guidance_scale": 1.5}
+
+
+@pipeline
 def pixart() -> tuple[Any, dict[str, Any]]:
     options = {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 8, "guidance_scale": 2.5}
     return digits().load_pipeline("pixart"), {"prompt": ["a one", "the digit two"], "output_type": "latent", **options}

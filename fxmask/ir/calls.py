@@ -146,6 +146,16 @@ def parts_of_batch(arguments: Any, rows: int, count: int) -> list[Any]:
     return [pytree.tree_map(lambda x, k=k: part(x, k), arguments) for k in range(count)]
 
 
+def moving_part(sample: torch.Tensor, prediction: torch.Size) -> torch.Tensor:
+    """What the sampler moves of a sample ``[B, ...]``: as much as is predicted; what was put beside it is conditioning.
+
+    Lanes of one image share it, also where an image that is edited is beside it in one lane and zeros in another.
+    """
+    if sample.dim() != len(prediction):
+        return sample
+    return sample[(slice(None), *(slice(size) for size in prediction[1:]))]
+
+
 def repeats(sample: torch.Tensor, count: int) -> bool:
     """Whether a batch is so many equal parts. Waits for the device."""
     if sample.shape[0] % count:

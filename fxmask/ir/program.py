@@ -14,7 +14,7 @@ from fxmask.guards.ambient import Ambient
 from fxmask.guards.state import Snapshot
 from fxmask.ir.assumptions import Assumptions
 from fxmask.ir.block import Block
-from fxmask.ir.calls import BoundCall, Signature
+from fxmask.ir.calls import BoundCall, Signature, moving_part
 from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.forecast import INPUT
 from fxmask.ir.liveness import live_nodes
@@ -106,6 +106,11 @@ class Program:
         node, value = placeholders[self.inputs.index(self.example.samples[0])], self.example.sample
         batch = 1 if self.example.is_list else max(1, self.batch_size)
         return Block(INPUT, "input", (node.name,), 0, value.numel() * value.element_size() // batch)
+
+    def moving_part(self, sample: torch.Tensor) -> torch.Tensor:
+        """What the sampler moves of a sample: as much as the model predicts."""
+        results = next(iter(self.graph_module.graph.find_nodes(op="output"))).args[0]
+        return moving_part(sample, results[0].meta["val"].shape)  # type: ignore[index, union-attr]
 
     def block(self, name: str) -> Block:
         """The block of that name; ``KeyError`` if there is none."""

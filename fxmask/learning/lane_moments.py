@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fxmask.ir.calls import moving_part
 from fxmask.ir.forecast import Source
 from fxmask.learning.fit import RIDGE
 from fxmask.learning.instant.fitting import FEEDBACK
@@ -29,7 +30,7 @@ SMALL = 1e-3  # of the root mean square of a prediction: where samplers clip, la
 
 @dataclass(frozen=True)
 class LaneMoments:
-    """Moments of C calls and T samples.
+    """Moments of C calls and T samples, or of calls alone.
 
     Attributes:
         lanes: L.
@@ -43,10 +44,12 @@ class LaneMoments:
 
     @classmethod
     def of(cls, views: Sequence[Sampler]) -> LaneMoments:
-        """Those of some runs with a call for every lane; predictions have the samples' shape."""
+        """Those of some runs with a call for every lane, of samples only if they have the predictions' shape."""
         grams, weights = [], []
         for view in views:
-            values = [x for step in view.outputs for x in step] + [step[0][view.sample] for step in view.calls]
+            values = [x for step in view.outputs for x in step]
+            samples = [moving_part(step[0][view.sample], values[0].shape) for step in view.calls]
+            values += [x for x in samples if x.shape == values[0].shape]
             flat = torch.stack([x.flatten().to(torch.float32) for x in values]).double()
             grams.append(flat @ flat.T / view.final.double().square().sum().clamp_min(1e-30).cpu())
             weights.append(_weights(view))

@@ -66,11 +66,12 @@ class OwnRows:
         self.student: Student = measured.student
         self.lanes = len(self.student.trajectories[0].calls[0])
         self._output = frozenset(block.name for block in output_blocks(self.student.program))
+        self._samples = SAMPLES if all(map(self.student.reads_samples, self._output)) else 0
 
     @property
     def can_form(self) -> bool:
-        """Whether there is a whole output of the samples' shape to forecast."""
-        return len(self._output) == 1 and all(map(self.student.reads_samples, self._output))
+        """Whether there is a whole output to forecast."""
+        return len(self._output) == 1
 
     def best(self, budget: float, alike: Sequence[Schedule], effort: Effort, units: float) -> ParetoPoint | None:
         """The best plan for a fraction of the full run's MACs; ``None`` if there is none.
@@ -124,10 +125,10 @@ class OwnRows:
 
     def _schedule(self, rows: Rows) -> Schedule:
         loads = tuple(frozenset() if on else self._output for on in rows)
-        return Schedule(loads, HISTORY, SAMPLES, lanes=self.lanes, origin=Origin.PLACED, family=FAMILY)
+        return Schedule(loads, HISTORY, self._samples, lanes=self.lanes, origin=Origin.PLACED, family=FAMILY)
 
     def _read(self, rows: Rows, row: int) -> list[int]:
-        sources = lane_sources(rows, row, self.lanes, HISTORY, SAMPLES)
+        sources = lane_sources(rows, row, self.lanes, HISTORY, self._samples)
         return indices(sources, len(rows), self.lanes)
 
     def _even(self, budget: float) -> Iterator[Schedule]:
@@ -159,7 +160,7 @@ class OwnRows:
         loads = tuple(
             frozenset() if step in computed[lane] else self._output for step in range(steps) for lane in range(self.lanes)
         )
-        return Schedule(loads, HISTORY, SAMPLES, lanes=self.lanes, origin=Origin.EVEN, family=FAMILY)
+        return Schedule(loads, HISTORY, self._samples, lanes=self.lanes, origin=Origin.EVEN, family=FAMILY)
 
     def _add(self, pool: list[Candidate], schedule: Schedule, budget: float) -> Candidate | None:
         """Evaluate a schedule that meets the budget and keeps the limits."""

@@ -279,7 +279,7 @@ class Generation:
         self._count += 1
         self.calls += 1
         again, lane.seen = lane.seen > 0, self._count
-        joins = not running and step is not None and self._join(lane, step, bound.sample)
+        joins = not running and step is not None and self._join(lane, step, variant.program.moving_part(bound.sample))
         row = None if step is None or running or joins else self._first_row(lane, step)
         if step is not None and not running and not joins and row is None:
             step = None  # the mask has no such call
@@ -371,7 +371,9 @@ class Generation:
             if trial is not None:
                 trial.after(step, variant.program, tensors, outputs[0])
         course.next = row + 1
-        course.sample = Seen.of(tensors[variant.sample]) if len(course.taken) < len(variant.mask.lanes) else None
+        course.sample = None
+        if len(course.taken) < len(variant.mask.lanes):
+            course.sample = Seen.of(variant.program.moving_part(tensors[variant.sample]))
         if lane.position == variant.mask.num_steps:
             lane.rows, lane.steady = (), None  # the run is over: memory that it has is for the next
         assert lane.stats is not None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fxmask._torch import pytree
-from fxmask.ir.calls import parts_of_batch, repeats
+from fxmask.ir.calls import moving_part, parts_of_batch, repeats
 from fxmask.ir.outputs import first_tensor
 from fxmask.sampling.recording import Recording
 from fxmask.sampling.sampler import Call, ChangesSteps, Denoiser, Loop, Sampler
@@ -111,15 +111,17 @@ class SplitLanes:
 def lanes_in_batch(run: Sampler) -> int:
     """How many lanes the batch of each call holds; 1 if it holds none, or calls are made lane by lane already.
 
-    The parts of the batch have the same sample at every step, and something else of them differs.
+    The parts of the batch have the same sample at every step, as far as the sampler moves it, and something else of them
+    differs.
     """
     if any(len(step) != 1 for step in run.calls):
         return 1
     rows = {len(step[0][run.sample]) for step in run.calls if isinstance(step[0][run.sample], torch.Tensor)}
     if len(rows) != 1 or not all(isinstance(step[0][run.sample], torch.Tensor) for step in run.calls):
         return 1
+    moving = [moving_part(c[0][run.sample], y[0].shape) for c, y in zip(run.calls, run.outputs, strict=True)]
     for count in range(MOST_LANES, 1, -1):
-        if all(repeats(step[0][run.sample], count) for step in run.calls):
+        if all(repeats(x, count) for x in moving):
             calls = SplitLanes(run, count).parts(run.calls[0][0])
             if not all(_is_same_call(calls[0], other) for other in calls[1:]):
                 return count

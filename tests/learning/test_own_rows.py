@@ -26,9 +26,9 @@ from fxmask.learning.student import Student, output_blocks
 SMALL = Effort(units=8.0, kinds=1, starts=0, levels=0, search=0.0, rounds=1, finalists=1, instant=1, lanes=12.0)
 
 
-@pytest.fixture(scope="module", params=["stable_diffusion", "wan"])
+@pytest.fixture(scope="module", params=["stable_diffusion", "wan", "edited_image"])
 def guided(request: pytest.FixtureRequest) -> tuple[fxmask.Program, Any]:
-    """A program and a recorded run: guidance in one batch, and in calls with names."""
+    """A program and a recorded run: guidance in one batch, in calls with names, and of three lanes, two with an image."""
     _, _, run = record(request.param)
     return fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles), run
 
@@ -38,16 +38,19 @@ def apart(guided: tuple[fxmask.Program, Any]) -> OwnRows:
     program, run = guided
     views = views_of([run], program)
     assert views is not None
-    assert {len(step) for step in views[0].calls} == {2}
+    count = len(run.calls[0]) if len(run.calls[0]) > 1 else len(run.calls[0][0][run.sample]) // run.batch_size
+    assert {len(step) for step in views[0].calls} == {count}
     student = Student(program, views)
     measured = Measured(student, student, Journal(None, ""), Progress(False), starts=0, seed=0)
     return OwnRows(measured, Limits(), 0)
 
 
-def some_schedule(student: Student, every: tuple[int, int] = (2, 3)) -> Schedule:
+def some_schedule(student: Student) -> Schedule:
     output = frozenset(block.name for block in output_blocks(student.program))
-    loads = [output if step and step % every[lane] else frozenset() for step in range(student.num_steps) for lane in range(2)]
-    return Schedule(tuple(loads), history=3, samples=2, lanes=2)
+    lanes = len(student.trajectories[0].calls[0])
+    rows = [(step, 2 + lane % 2) for step in range(student.num_steps) for lane in range(lanes)]
+    loads = [output if step and step % every else frozenset() for step, every in rows]
+    return Schedule(tuple(loads), history=3, samples=2, lanes=lanes)
 
 
 def test_what_is_scored_is_what_runs(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
@@ -56,7 +59,7 @@ def test_what_is_scored_is_what_runs(guided: tuple[fxmask.Program, Any], apart: 
     schedule = some_schedule(student)
     rolled = student.rollout(schedule)
     mask = student.mask(schedule, rolled.coefficients)
-    assert len(mask.lanes) == 2
+    assert len(mask.lanes) == schedule.lanes
     assert mask.batched == (len(run.calls[0]) == 1)
     plan = fxmask.rectify(program, mask)
     assert plan.mac_ratio == pytest.approx(1 / student.spent(schedule), rel=1e-6)
@@ -67,7 +70,7 @@ def test_what_is_scored_is_what_runs(guided: tuple[fxmask.Program, Any], apart: 
 
 def test_names_are_the_pipelines(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
     _, run = guided
-    assert apart.student.lane_names == (run.lanes[0] if len(run.calls[0]) == 2 else ("0", "1"))
+    assert apart.student.lane_names == (run.lanes[0] if len(run.calls[0]) == 2 else tuple(map(str, range(apart.lanes))))
 
 
 def test_refinement_follows_lanes(apart: OwnRows) -> None:
@@ -110,24 +113,25 @@ def test_moments_are_of_calls() -> None:
 
 def test_both_lanes_of_guidance_weigh_what_guidance_makes_of_them(apart: OwnRows) -> None:
     moments = apart.moments
-    first, second = moments.weights[0::2], moments.weights[1::2]
+    first, second = moments.weights[0 :: apart.lanes], moments.weights[1 :: apart.lanes]
     assert np.all(np.sign(first) == -np.sign(second)), "a conditional prediction is added, the unconditional one taken away"
 
 
 def test_a_plan_for_a_budget(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
     program, _ = guided
     alike = Schedule(tuple(frozenset() if k % 2 == 0 else apart._output for k in range(apart.student.num_steps)), 3, 0)
-    point = apart.best(0.625, [alike], SMALL, 12.0)
+    budget = {2: 0.625, 3: 0.67}[apart.lanes]  # five calls of eight, or eight of twelve
+    point = apart.best(budget, [alike], SMALL, 12.0)
     assert point is not None
     assert math.isfinite(point.decibels)
-    assert fxmask.rectify(program, point.mask).mac_ratio == pytest.approx(1 / 0.625, rel=0.03)
+    assert fxmask.rectify(program, point.mask).mac_ratio == pytest.approx(1 / budget, rel=0.03)
 
 
 def test_neighbours_keep_lanes(apart: OwnRows) -> None:
     import random
 
     found = [neighbour(some_schedule(apart.student), random.Random(seed)) for seed in range(40)]
-    assert {s.lanes for s in found if s is not None} == {2}
+    assert {s.lanes for s in found if s is not None} == {apart.lanes}
     assert len({s.loads for s in found if s is not None}) > 5
 
 
