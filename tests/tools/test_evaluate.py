@@ -29,8 +29,8 @@ import torch
 from conftest import ddim, tiny_unet
 
 class Pipe:
-    def __init__(self):
-        self.unet, self.scheduler = tiny_unet(), ddim()
+    def __init__(self, **config):
+        self.unet, self.scheduler = tiny_unet(**config), ddim()
 
     @torch.no_grad()
     def __call__(self, batch_size=1, num_inference_steps=5, generator=None, output_type="pt"):
@@ -42,6 +42,9 @@ class Pipe:
 
 def pipe():
     return Pipe(), [{{}}]
+
+def narrow():
+    return Pipe(block_out_channels=(8, 8)), [{{}}]
 
 def extractor():
     def features(x):
@@ -68,6 +71,9 @@ configurations = [
   {name = "stage", kind = "stage", speedup = 1.3},
   {name = "paper's", kind = "paper", speedup = 1.4, options = {epochs = 3}},
   {name = "paper's, unrectified", kind = "paper", speedup = 1.4, options = {epochs = 3}, rectify = false, mask_of = "paper's"},
+  {name = "narrow", kind = "full", subject = "subject.py:narrow", extra_data = "yes"},
+  {name = "short", kind = "full", subject = "subject.py:narrow", steps = 3, against = "short"},
+  {name = "narrow interval", kind = "interval", subject = "subject.py:narrow", steps = 3, speedup = 1.5, against = "short"},
 ]
 published = [{method = "theirs", macs = "0.6T", fid = 4.2}]
 
@@ -104,6 +110,21 @@ def test_every_row_has_what_the_paper_tabulates(run_file):
     assert rows["*theirs* (paper)"] == {"method": "*theirs* (paper)", "macs": "0.6T", "fid": 4.2}
     assert rows["paper's"]["psnr"] == rows["paper's, unrectified"]["psnr"]
     assert rows["paper's"]["ratio"] > rows["paper's, unrectified"]["ratio"]
+
+
+def test_another_model_is_measured_beside_the_runs_own(run_file):
+    """MACs and speed beside the first row's model and steps; PSNR beside the row that is named, which is made too."""
+    rows = {row["method"]: row for row in evaluated(run_file, "--only", "narrow", "narrow interval")}
+    assert list(rows) == ["full", "narrow", "short", "narrow interval", "*theirs* (paper)"]
+    narrow, short, interval = (rows[name] for name in ("narrow", "short", "narrow interval"))
+    assert narrow["ratio"] == pytest.approx(rows["full"]["macs"] / narrow["macs"])
+    assert narrow["ratio"] > 1.2
+    assert short["ratio"] == pytest.approx(2 * narrow["ratio"])
+    assert interval["ratio"] / short["ratio"] == pytest.approx(1.5, rel=0.2)
+    assert narrow["extra_data"] == "yes"
+    assert "extra_data" not in rows["full"]
+    assert narrow["psnr"] < interval["psnr"]
+    assert "psnr" not in short
 
 
 def test_what_is_there_is_not_made_again(run_file):
@@ -169,6 +190,7 @@ def test_forms_of_a_table():
 def test_slips_in_run_files_are_named(run_file, capsys):
     for old, new, message in (
         ('kind = "steps"', 'kind = "step"', "is of kind 'step'"),
+        ('against = "short"', 'against = "shirt"', "is compared with 'shirt'; choose of"),
         ("steps = 6", "stops = 6", "unknown entries"),
         ("[small]", "[tiny]", "has no \\[small\\]|unknown entries"),
     ):

@@ -24,7 +24,9 @@ FORMATS = {"markdown": markdown, "json": as_text, "latex": latex}
     click.option("--small", is_flag=True, help="what the run file's [small] says"),
     click.option("--images", type=click.IntRange(1), help="per configuration and seed"),
     click.option("--seeds", cls=Several, type=int, default=(0,), show_default=True, help="of the noise"),
-    click.option("--only", cls=Several, help="names of configurations; the first one of the run is always made"),
+    click.option(
+        "--only", cls=Several, help="configurations by name; the first, and what one is compared with, are always made"
+    ),
     click.option("--format", "form", type=click.Choice(tuple(FORMATS)), default="markdown", show_default=True),
     click.option("--output", type=click.Path(path_type=Path), help="file that the table is written to, too"),
     click.option("--png", is_flag=True, help="keep images as PNG, too; arrays in ADM's layout are always kept"),
@@ -42,6 +44,7 @@ def evaluate_command(path: Path, form: str, output: Path | None, **given: Any) -
     changes: dict[str, Any] = {"images": given["images"]} if given["images"] else {}
     if given["only"]:
         wanted = set(given["only"])
+        wanted |= {c.against for c in run.configurations if c.name in wanted and c.against}
         changes["configurations"] = tuple(c for k, c in enumerate(run.configurations) if k == 0 or c.name in wanted)
     run = type(run)(**{**vars(run), **changes})
     started = _joined()

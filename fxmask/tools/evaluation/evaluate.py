@@ -79,7 +79,7 @@ class Evaluation:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         row = {"method": configuration.name, **self._costs(configuration, planned, program, steps)}
-        row |= self._scores(folder / f"seed{seed}", seed)
+        row |= self._scores(folder / f"seed{seed}", self._other(configuration, seed), seed)
         if Group.current().rank == 0:
             place.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         return row
@@ -134,25 +134,33 @@ class Evaluation:
             setattr(subject.pipe, component, original)
 
     def _costs(self, row: Configuration, planned: Planned | None, program: Program, steps: int) -> Row:
-        """MACs of one image, the ratio, and what learning took."""
+        """MACs of one image, how much less that is than the run's subject takes in full, and what learning took."""
         images = max(1, self._recorded // 2)
+        usual = self._program(self._subject(self.run.subject), self.run.steps)[0].macs * self.run.steps
         whole = program.macs * steps, (program.macs - program.attention_macs) * steps
         if planned is not None:
             spent: tuple[float, float] = macs_of(program, planned.plan)
         else:
             count = max(1, round(steps / row.speedup)) if row.kind == "steps" else steps
             spent = whole[0] * count / steps, whole[1] * count / steps
-        found: Row = {"macs": spent[0] / images, "macs_without_attention": spent[1] / images, "ratio": whole[0] / spent[0]}
+        found: Row = {"macs": spent[0] / images, "macs_without_attention": spent[1] / images, "ratio": usual / spent[0]}
         if planned is not None and planned.seconds is not None:
             found["training"] = float(planned.seconds)
+        if row.extra_data:
+            found["extra_data"] = row.extra_data
         return found
 
-    def _scores(self, folder: Path, seed: int) -> Row:
-        """Quality and speed of what was sampled, beside the first configuration."""
+    def _other(self, row: Configuration, seed: int) -> Path:
+        """Folder of the images that PSNR is taken against."""
+        return self.folder / as_name(row.against or self.run.configurations[0].name) / f"seed{seed}"
+
+    def _scores(self, folder: Path, reference: Path, seed: int) -> Row:
+        """Quality beside other images and real ones, and speed beside the first configuration."""
         first = self.folder / as_name(self.run.configurations[0].name) / f"seed{seed}"
         features = FeatureSet(self.extractor) if self.run.reference else None
         near, spent, before, clips = [], 0.0, 0.0, []
-        for (images, rounded, seconds, told), (other, _, usual, _) in zip(batches(folder), batches(first), strict=True):
+        made = zip(batches(folder), batches(reference), batches(first), strict=True)
+        for (images, rounded, seconds, told), (other, _, _, _), (_, _, usual, _) in made:
             if other.shape == images.shape:
                 near.append(psnr(images, other).clamp(max=100))
             spent, before = spent + seconds, before + usual
@@ -161,7 +169,7 @@ class Evaluation:
             if self.run.captions:
                 clips.append(clip_score(*self._clip(rounded, told)))
         row: Row = {"speed": before / max(spent, 1e-9), "images": self.run.images}
-        if near and folder != first:
+        if near and folder != reference:
             row["psnr"] = float(torch.cat(near).mean())
         if features is not None:
             splits = max(1, min(10, features.count // IMAGES_PER_SPLIT))  # a split of few images has no score

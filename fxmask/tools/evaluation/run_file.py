@@ -29,6 +29,8 @@ class Configuration:
         mask_of: name of another row whose learned mask this one has.
         subject: another one than the run's, e.g. a pruned model.
         steps: other than the run's.
+        against: name of the row that PSNR is taken against: an earlier one, or its own for no PSNR; by default the first.
+        extra_data: what its column says, e.g. of a pruned model that was fine-tuned.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Configuration:
     mask_of: str | None = None
     subject: str | None = None
     steps: int | None = None
+    against: str | None = None
+    extra_data: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -102,9 +106,11 @@ def load_run(path: str | Path, small: bool = False) -> Run:
         given[name] = _beside(given.get(name), Path(path).parent) if name in given else None
     given = {name: value for name, value in given.items() if value is not None}
     rows = tuple(_made(Configuration, row, f"a configuration of {path}") for row in given.pop("configurations", ()))
-    for row in rows:
+    for k, row in enumerate(rows):
         if row.subject:
             object.__setattr__(row, "subject", _beside(row.subject, Path(path).parent))
+        if row.against and row.against not in (names := [other.name for other in rows[: k + 1]]):
+            raise InputError(f"configuration {row.name!r} of {path} is compared with {row.against!r}; choose of {names}")
     run: Run = _made(Run, {**given, "configurations": rows, "published": tuple(given.get("published", ()))}, str(path))
     return run
 
