@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor, nn
@@ -28,6 +30,12 @@ CAPTION_FORMS = (
     "a drawing of the number {}",
 )
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unknown>")  # Their places are their token numbers.
+# Attributes that say how wide a layer is, in the order of its weight's dimensions.
+WIDTHS = {
+    nn.Conv2d: ("out_channels", "in_channels"),
+    nn.Linear: ("out_features", "in_features"),
+    nn.GroupNorm: ("num_channels",),
+}
 CAPTION_TOKENS = 8  # Room for the longest caption between its start and its end.
 
 
@@ -147,12 +155,33 @@ def build_model(config: dict) -> nn.Module:
     return kind(kind.config_class(**arguments))
 
 
+def fit_widths(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Gives a model's layers the widths that weights have, as after structural pruning; their values become undefined.
+
+    Convolutions, linear layers and group norms are resized. Norms keep their number of groups, attention its number of heads.
+
+    Args:
+        model: Built from its configuration; what fits already stays as it is.
+        weights: A state dictionary of the same names.
+    """
+    for name, module in model.named_modules():
+        sizes = next((sizes for kind, sizes in WIDTHS.items() if isinstance(module, kind)), ())
+        for size, width in zip(sizes, weights[f"{name}.weight"].shape if sizes else (), strict=False):
+            setattr(module, size, width)
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.shape != (shape := weights[f"{name}.{key}" if name else key].shape):
+                setattr(module, key, nn.Parameter(parameter.new_empty(shape)))
+    for module in model.modules():
+        if isinstance(module, (Downsample2D, Upsample2D)) and module.use_conv:  # They check their input.
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+
+
 def load_model(name: str, root: Path = CHECKPOINTS) -> nn.Module:
     """Loads a shipped model, cast from half precision to float32, in evaluation mode.
 
     Args:
-        name: Folder of the checkpoint: `ddpm`, `dit`, `ldm`, `pixart` (the denoisers), `ldm/text_encoder`,
-            `pixart/text_encoder`, `autoencoder` or `classifier`.
+        name: Folder of the checkpoint: `ddpm`, `dit`, `ldm`, `pixart` (the denoisers), `pruned` and `consistency` (made of
+            `ddpm`), `ldm/text_encoder`, `pixart/text_encoder`, `autoencoder` or `classifier`.
         root: Folder that holds the checkpoints.
 
     Returns:
@@ -161,6 +190,7 @@ def load_model(name: str, root: Path = CHECKPOINTS) -> nn.Module:
     config = json.loads((root / name / "config.json").read_text(encoding="utf-8"))
     model = build_model(config)
     weights = {key: value.float() for key, value in load_file(root / name / "model.safetensors").items()}
+    fit_widths(model, weights)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 

@@ -5,6 +5,7 @@ fxmask evaluate examples/paper/table1-cifar10.toml --small --folder build/paper/
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,9 @@ class PixelPipeline:
         count = len(class_labels) if class_labels else batch_size
         x = torch.randn(count, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
+        options: dict[str, Any] = {"generator": generator}
+        if "eta" in inspect.signature(self.scheduler.step).parameters:
+            options["eta"] = 0.0
         for timestep in self.scheduler.timesteps:
             if class_labels is None:
                 noise = self.denoiser(x, timestep).sample
@@ -64,13 +68,23 @@ class PixelPipeline:
                 both = self.denoiser(torch.cat([x, x]), timestep.expand(2 * count), class_labels=labels).sample
                 given, free = both[:, : x.shape[1]].chunk(2)
                 noise = free + guidance_scale * (given - free)
-            x = self.scheduler.step(noise, timestep, x, eta=0.0).prev_sample
+            x = self.scheduler.step(noise, timestep, x, **options).prev_sample
         return SimpleNamespace(images=(x.clamp(-1, 1) + 1) / 2)
 
 
 def ddpm() -> Named:
     """The U-Net of pixels, without conditioning."""
     return PixelPipeline(load_model("ddpm"), load_scheduler()), [{}]
+
+
+def pruned() -> Named:
+    """The U-Net of pixels with unevenly narrow layers, as `examples/training/prune.py` leaves it."""
+    return PixelPipeline(load_model("pruned"), load_scheduler()), [{}]
+
+
+def consistency() -> Named:
+    """The U-Net of pixels distilled for few steps, with fresh noise between them; see `examples/training/consistency.py`."""
+    return PixelPipeline(load_model("consistency"), load_scheduler("LCMScheduler", folder="consistency_scheduler")), [{}]
 
 
 def dit() -> Named:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where digits.py is
+
 import diffusers
 from data import folder_of
+from digits import load_model
 
 from fxmask import InputError
 
@@ -22,6 +26,26 @@ def _pretrained(kind: Any, name: str) -> Any:
         raise InputError(
             f"{name!r} cannot be had ({type(error).__name__}): it is downloaded once where there is a network"
         ) from error
+
+
+def pruned_cifar10() -> Named:
+    """The DDPM of CIFAR-10, pruned: FXMASK_PRUNED is a folder as `examples/training/prune.py` writes it, on DDIM."""
+    folder = _folder("FXMASK_PRUNED", "a pruned UNet2DModel, config.json and model.safetensors")
+    scheduler = _pretrained(diffusers.DDIMScheduler, "google/ddpm-cifar10-32")
+    return diffusers.DDIMPipeline(load_model(folder.name, folder.parent), scheduler), [{}]
+
+
+def consistency_cifar10() -> Named:
+    """A consistency model of CIFAR-10, converted to a pipeline: FXMASK_CONSISTENCY is its folder."""
+    folder = _folder("FXMASK_CONSISTENCY", "a ConsistencyModelPipeline")
+    return _pretrained(diffusers.ConsistencyModelPipeline, str(folder)), [{}]
+
+
+def _folder(variable: str, what: str) -> Path:
+    folder = os.environ.get(variable)
+    if folder is None or not Path(folder).is_dir():
+        raise InputError(f"{what} is needed: set {variable} to its folder")
+    return Path(folder)
 
 
 def dit_256() -> Named:

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "studies")]
 digits = pytest.importorskip("digits")
 
-PIXELS = ["ddpm", "dit", "classifier", "autoencoder"]
+PIXELS = ["ddpm", "pruned", "consistency", "dit", "classifier", "autoencoder"]
 TEXT = ["ldm", "pixart"]
 
 
