@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--ratio", type=float, default=0.15, help="channels pruned")
-    parser.add_argument("--steps", type=int, default=800, help="optimiser steps of the fine-tuning")
+    parser.add_argument("--steps", type=int, default=700, help="optimiser steps of the fine-tuning")
     parser.add_argument("--rate", type=float, default=4e-4, help="peak learning rate")
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="folder of the training state")
     parser.add_argument("--draw", type=Path, help="only draw samples of the shipped model to this file")

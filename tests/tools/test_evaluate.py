@@ -221,6 +221,23 @@ def test_data_sets_that_are_absent_are_named(name, tmp_path, monkeypatch):
         list(getattr(data, name)())
 
 
+@pytest.mark.parametrize(
+    ("name", "variable"), [("pruned_cifar10", "FXMASK_PRUNED"), ("consistency_cifar10", "FXMASK_CONSISTENCY")]
+)
+def test_models_that_are_absent_are_named(name, variable, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "paper"))
+    import models
+
+    for folder in (None, tmp_path / "nowhere"):
+        if folder:
+            monkeypatch.setenv(variable, str(folder))
+        else:
+            monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(fxmask.InputError, match=f"is needed: set {variable}"):
+            getattr(models, name)()
+
+
 def test_pictures_of_a_folder_are_cut_square(tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "paper"))
