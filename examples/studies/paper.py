@@ -30,7 +30,7 @@ RUNS = EXAMPLES / "paper"
 PAGE = EXAMPLES / "results" / "paper.md"
 TABLES = ("table1-cifar10", "table1-composition", "table2-dit256", "table2-ldm", "table3-pixart", "table4", "table5")
 SEEDS = {"table2-ldm": ("0",)}
-IMAGES_LEARNED = {"table4": 4, "table5": 4}
+IMAGES_LEARNED = {"table1-composition": 4, "table4": 4, "table5": 4}
 FIGURES = ("our variant of it", "paper's learner")  # whose mask and scores are drawn
 
 
