@@ -314,7 +314,7 @@ MUTATIONS = [
     Mutation(
         "lanes: by its name a lane joins in the middle of a run that it missed",
         "fxmask/runtime/generation.py",
-        "            elif not named or any(mask.call_of(i, at[1]) is not None for i in range(mask.order[found.start][0], step)):\n",
+        "            elif not named or self._was_due(found, mask, at[1], step):\n",
         "            elif not named:\n",
         LANES,
     ),

@@ -3,8 +3,8 @@
     lane a   # . # . # # ...        . is formed from the lane's own latest values, and from what the other lane has
     lane b   # . . # . # ...        computed at this very step and at the steps where this one was fresh
 
-Or lanes share what attention adds: at some steps one computes it and the others form theirs from it (Yuan et al., "DiTFastAttn",
-2024), and what that saves is spent on more steps that are computed.
+Or lanes share what attention adds: at some steps one computes it and the others form theirs from it (Yuan et al.,
+"DiTFastAttn", 2024), and what that saves is spent on more steps that are computed.
 
 Batched guidance is learned from as if its lanes were called one by one (``SplitLanes``). The plans are candidates beside those
 in which all lanes are alike, judged on the same images.
