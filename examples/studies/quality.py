@@ -156,8 +156,8 @@ def _copy(source: Path, target: Path, replace: bool) -> None:
 
 FIXED = ("branches, fitted forecast", "whole output, fitted forecast")
 OURS = ("fxmask", ALIKE, "fxmask quick", *FIXED)
-GUIDANCE = """*Lanes free*: of the plans with lanes alike and those whose lanes have rows of their own, the one that is better on
-held-out images; not tried with the stochastic sampler. The rival of the second table is the one of the first."""
+GUIDANCE = """*Lanes free*: of the plans with lanes alike and those whose lanes have rows of their own, the one that is better
+on held-out images; not tried with the stochastic sampler. The rival of the second table is the one of the first."""
 OTHERS, LAST = ("SSIM", "features"), ("converged", "classes", "units", "graphs")
 WANTED = 2.0  # dB ahead of every rival that is no plan of ours
 USUAL = ("fxmask", "fxmask quick", "fewer steps, scheduler's grid", "whole output, fitted forecast")
@@ -175,8 +175,8 @@ distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same imag
 *Features*: mean distance between the shipped classifier's 48 features of a sample and of the full sampler's, over the mean
 distance between two of the full sampler's images. Denoisers are sampled without guidance unless the cell's name has its scale
 (`dit-4-20`), and then both lanes go through in one batch; 16 of 24 images are learned from there, 32 of 48 with the stochastic
-sampler at 20 steps. `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the
-variance-weighted sum of the full sampler's noise.
+sampler at 20 steps. `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps
+get the variance-weighted sum of the full sampler's noise.
 """
 
 
@@ -184,13 +184,11 @@ def write_table(folder: Path, output: Path) -> None:
     """All cells as Markdown: fxmask's lead over the best rival that is no plan of ours, then every row."""
     cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*stic.json"))}
     every = [Cell.of(family, steps, eta).name for steps in (20, 50) for family in NAMES for eta in (0.0, 1.0)]
-    missing = [name for name in every if not all(f"{key} {ratio}" in cells.get(name, ()) for key in USUAL for ratio in RATIOS)]
+    missing = [name for name in every if not all(key in cells.get(name, ()) for key in _usual(name))]
     lines = [INTRODUCTION]
     if missing:
         lines += ["Not measured yet, or not in full: " + ", ".join(missing) + ".", ""]
-    guided = {
-        name: rows for name, rows in cells.items() if name.startswith(tuple(f"{x}-{n}-" for x in GUIDED for n in (20, 50)))
-    }
+    guided = {name: rows for name, rows in cells.items() if _is_guided(name)}
     lines += ["## fxmask (default) and the best of the rivals", ""]
     lines += [f"Bold: a lead of less than the {WANTED:g} dB that are aimed at, or a fixed plan of ours that is better.", ""]
     lines += _leads({name: rows for name, rows in cells.items() if name not in guided})
@@ -213,6 +211,16 @@ def write_table(folder: Path, output: Path) -> None:
                 lines.append(columns(*line))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _usual(name: str) -> list[str]:
+    """Rows without which a cell is not measured in full."""
+    keys = [key for key in USUAL if key != "fxmask quick" or not _is_guided(name)]
+    return [f"{key} {ratio}" for key in keys for ratio in RATIOS]
+
+
+def _is_guided(name: str) -> bool:
+    return name.startswith(tuple(f"{family}-{steps}-" for family in GUIDED for steps in (20, 50)))
 
 
 def _leads(cells: dict[str, dict[str, Row]]) -> list[str]:
