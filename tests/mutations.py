@@ -222,8 +222,8 @@ MUTATIONS = [
     Mutation(
         "runtime: a new run starts on the old caches",
         "fxmask/runtime/generation.py",
-        "lane.course = Course(row, row, sample=bound.sample, taken={lane.number})",
-        "lane.course = Course(row, row, cache=lane.course.cache, sample=bound.sample, taken={lane.number})",
+        "lane.course = Course(row, row, taken={lane.number})",
+        "lane.course = Course(row, row, cache=lane.course.cache, taken={lane.number})",
         RUNTIME,
     ),
     Mutation(
@@ -286,16 +286,44 @@ MUTATIONS = [
     Mutation(
         "lanes: a lane joins a run of another image",
         "fxmask/runtime/generation.py",
-        "            if not self._is_same_sample(sample, found.sample):\n",
-        "            if False:\n",
+        "                if found.sample is None or not found.sample.is_same(sample):\n",
+        "                if found.sample is None:\n",
         LANES,
     ),
     Mutation(
         "lanes: a lane takes the turn of another name",
         "fxmask/runtime/generation.py",
-        "            if lane.name in mask.lanes and mask.lanes[at[1]] != lane.name:\n",
+        "            if named and mask.lanes[at[1]] != lane.name:\n",
         "            if False:\n",
         LANES,
+    ),
+    Mutation(
+        "lanes: a sample is remembered as whatever its owner writes there later",
+        "fxmask/runtime/generation.py",
+        "sample, version_of(sample), sample.clone())",
+        "sample, version_of(sample), sample)",
+        LANES,
+    ),
+    Mutation(
+        "lanes: the same memory is the same sample, whatever was written there since",
+        "fxmask/runtime/generation.py",
+        "        if self.version != -1 and version_of(other) == self.version and is_same_memory(other, self.given):\n",
+        "        if is_same_memory(other, self.given):\n",
+        LANES,
+    ),
+    Mutation(
+        "lanes: by its name a lane joins in the middle of a run that it missed",
+        "fxmask/runtime/generation.py",
+        "            elif not named or self._was_due(found, mask, at[1], step):\n",
+        "            elif not named:\n",
+        LANES,
+    ),
+    Mutation(
+        "lanes: what is beside the noise must be the same too",
+        "fxmask/ir/calls.py",
+        "    return sample[(slice(None), *(slice(size) for size in prediction[1:]))]\n",
+        "    return sample\n",
+        ("learning/test_own_rows.py",),
     ),
     Mutation(
         "lanes: a call goes on whichever lane's turn it is",

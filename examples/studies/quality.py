@@ -15,7 +15,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from quality_ablations import PAPER, ablation_tables, measure_ablations, paper_mask
@@ -154,7 +154,11 @@ def _copy(source: Path, target: Path, replace: bool) -> None:
             shutil.copy(path, place)
 
 
-OURS = ("fxmask", "fxmask quick", "branches, fitted forecast", "whole output, fitted forecast")
+FIXED = ("branches, fitted forecast", "whole output, fitted forecast")
+OURS = ("fxmask", ALIKE, "fxmask quick", *FIXED)
+GUIDANCE = """*Lanes free*: of the plans with lanes alike and those whose lanes have rows of their own, the one that is better
+on held-out images; not tried with the stochastic sampler. The rival of the second table is the one of the first."""
+OTHERS, LAST = ("SSIM", "features"), ("converged", "classes", "units", "graphs")
 WANTED = 2.0  # dB ahead of every rival that is no plan of ours
 USUAL = ("fxmask", "fxmask quick", "fewer steps, scheduler's grid", "whole output, fitted forecast")
 INTRODUCTION = f"""# Quality at equal MACs
@@ -167,48 +171,92 @@ fewer steps begin at another timestep, and `ddpm` and `dit` clip at every step, 
 *Classes*: share of samples that the shipped classifier puts in the class of the full sampler's. *Units*: learning, in full
 sampling runs of the images that are learned from: 32 at 20 steps, 16 at 50; with the stochastic sampler 64 (DiT: 128) at 20
 steps, 16 (DDPM: 32, DiT: 64) at 50. The ratios of a cell share what is measured, 2x comes first and pays for it. *Graphs*:
-distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as fxmask's. Denoisers are sampled without
-guidance; `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps get the
-variance-weighted sum of the full sampler's noise.
+distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same images as fxmask's. *SSIM*: structural similarity.
+*Features*: mean distance between the shipped classifier's 48 features of a sample and of the full sampler's, over the mean
+distance between two of the full sampler's images. Denoisers are sampled without guidance unless the cell's name has its scale
+(`dit-4-20`), and then both lanes go through in one batch; 16 of 24 images are learned from there, 32 of 48 with the stochastic
+sampler at 20 steps. `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps
+get the variance-weighted sum of the full sampler's noise.
 """
 
 
 def write_table(folder: Path, output: Path) -> None:
     """All cells as Markdown: fxmask's lead over the best rival that is no plan of ours, then every row."""
     cells = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*stic.json"))}
-    every = [Cell(family, steps, eta).name for steps in (20, 50) for family in FAMILIES for eta in (0.0, 1.0)]
-    missing = [name for name in every if not all(f"{key} {ratio}" in cells.get(name, ()) for key in USUAL for ratio in RATIOS)]
+    every = [Cell.of(family, steps, eta).name for steps in (20, 50) for family in NAMES for eta in (0.0, 1.0)]
+    missing = [name for name in every if not all(key in cells.get(name, ()) for key in _usual(name))]
     lines = [INTRODUCTION]
     if missing:
         lines += ["Not measured yet, or not in full: " + ", ".join(missing) + ".", ""]
+    guided = {name: rows for name, rows in cells.items() if _is_guided(name)}
     lines += ["## fxmask (default) and the best of the rivals", ""]
     lines += [f"Bold: a lead of less than the {WANTED:g} dB that are aimed at, or a fixed plan of ours that is better.", ""]
-    lines += ["| cell | asked | fxmask | best rival | lead | best fixed plan of ours |", "|---|---|---|---|---|---|"]
-    for name, rows in cells.items():
-        for ratio in RATIOS:
-            here = _at(rows, ratio)
-            others = {key: row["psnr"] for key, row in here.items() if key not in OURS and "psnr" in row and "paper" not in key}
-            fixed = {key: row["psnr"] for key, row in here.items() if key in OURS[2:]}
-            if "fxmask" not in here or not others:
-                continue
-            ours, best = here["fxmask"]["psnr"], max(others, key=lambda key: others[key])
-            fixed_best = _marked(f"{max(fixed.values()):.1f}", max(fixed.values()) > ours) if fixed else ""
-            lead = _marked(f"{ours - others[best]:+.1f}", ours - others[best] < WANTED)
-            lines.append(columns(name, f"{ratio:g}x", f"{ours:.1f}", f"{others[best]:.1f} {best}", lead, fixed_best))
+    lines += _leads({name: rows for name, rows in cells.items() if name not in guided})
+    if guided:
+        lines += ["", "## The same with guidance", "", GUIDANCE, ""]
+        lines += _leads(guided) + [""] + _by_other_measures(guided)
     lines += seeds_table(folder) + fid_table(folder) + ablation_tables(folder)
     for name, rows in cells.items():
         lines += ["", f"## {name}", ""]
-        lines += ["| plan | asked | MAC ratio | PSNR | 10th pct | converged | classes | units | graphs |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        more = any("ssim" in row for row in rows.values())
+        lines += [columns(*"plan,asked,MAC ratio,PSNR,10th pct".split(","), *(OTHERS if more else ()), *LAST)]
+        lines += ["|" + "---|" * (9 + 2 * more)]
         for ratio in (1.0, *RATIOS):
             for key, row in sorted(_at(rows, ratio).items(), key=lambda item: -item[1].get("psnr", 0.0)):
                 line = [key, f"{ratio:g}x", f"{row['ratio']:.2f}"]
                 line += [f"{row[column]:.1f}" if column in row else "" for column in ("psnr", "p10", "converged")]
+                line[5:5] = [f"{row[x]:.3f}" if x in row else "" for x in ("ssim", "features")] if more else []
                 line += [f"{row['agreement']:.0%}" if "agreement" in row else ""]
                 line += [f"{row['units']:.0f}" if "units" in row else "", str(row.get("graphs", ""))]
                 lines.append(columns(*line))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _usual(name: str) -> list[str]:
+    """Rows without which a cell is not measured in full."""
+    keys = [key for key in USUAL if key != "fxmask quick" or not _is_guided(name)]
+    return [f"{key} {ratio}" for key in keys for ratio in RATIOS]
+
+
+def _is_guided(name: str) -> bool:
+    return name.startswith(tuple(f"{family}-{steps}-" for family in GUIDED for steps in (20, 50)))
+
+
+def _leads(cells: dict[str, dict[str, Row]]) -> list[str]:
+    """fxmask beside the best rival that is no plan of ours."""
+    lines = ["| cell | asked | fxmask | best rival | lead | best fixed plan of ours |", "|---|---|---|---|---|---|"]
+    for name, ratio, here, best in _compared(cells):
+        fixed = [here[key]["psnr"] for key in FIXED if key in here]
+        ours, other = here["fxmask"]["psnr"], here[best]["psnr"]
+        fixed_best = _marked(f"{max(fixed):.1f}", max(fixed) > ours) if fixed else ""
+        lead = _marked(f"{ours - other:+.1f}", ours - other < WANTED)
+        lines.append(columns(name, f"{ratio:g}x", f"{ours:.1f}", f"{other:.1f} {best}", lead, fixed_best))
+    return lines
+
+
+def _by_other_measures(cells: dict[str, dict[str, Row]]) -> list[str]:
+    """What rows of their own add, and SSIM and features of fxmask and of the rival of the best PSNR."""
+    lines = [
+        "| cell | asked | lanes alike | lanes free | SSIM | rival's | features | rival's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, ratio, here, best in _compared(cells):
+        ours, other, alike = here["fxmask"], here[best], here.get(ALIKE)
+        line = [name, f"{ratio:g}x", f"{alike['psnr']:.1f}" if alike else "", f"{ours['psnr']:.1f}" if alike else ""]
+        line += [f"{row['ssim']:.3f}" for row in (ours, other)] + [f"{row['features']:.3f}" for row in (ours, other)]
+        lines.append(columns(*line))
+    return lines
+
+
+def _compared(cells: dict[str, dict[str, Row]]) -> Iterator[tuple[str, float, dict[str, Row], str]]:
+    """Cell, ratio, rows and the best rival's name, wherever there is something to compare."""
+    for name, rows in cells.items():
+        for ratio in RATIOS:
+            here = _at(rows, ratio)
+            others = {key: row["psnr"] for key, row in here.items() if key not in OURS and "psnr" in row and "paper" not in key}
+            if "fxmask" in here and others:
+                yield name, ratio, here, max(others, key=lambda key: others[key])
 
 
 def _marked(text: str, mark: bool) -> str:

@@ -110,7 +110,7 @@ class Program:
     def moving_part(self, sample: torch.Tensor) -> torch.Tensor:
         """What the sampler moves of a sample: as much as the model predicts."""
         results = next(iter(self.graph_module.graph.find_nodes(op="output"))).args[0]
-        return moving_part(sample, results[0].meta["val"].shape)  # type: ignore[index, union-attr]
+        return moving_part(sample, results[0].meta["val"].shape)
 
     def block(self, name: str) -> Block:
         """The block of that name; ``KeyError`` if there is none."""

@@ -3,6 +3,9 @@
     lane a   # . # . # # ...        . is formed from the lane's own latest values, and from what the other lane has
     lane b   # . . # . # ...        computed at this very step and at the steps where this one was fresh
 
+Or lanes share what attention adds: at some steps one computes it and the others form theirs from it (Yuan et al.,
+"DiTFastAttn", 2024), and what that saves is spent on more steps that are computed.
+
 Batched guidance is learned from as if its lanes were called one by one (``SplitLanes``). The plans are candidates beside those
 in which all lanes are alike, judged on the same images.
 """
@@ -15,7 +18,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from fxmask.errors import CaptureError, InputError
+from fxmask.ir.liveness import live_nodes
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits
@@ -33,7 +39,8 @@ from fxmask.sampling.sampler import Sampler
 from fxmask.sampling.split_lanes import split_lanes
 
 logger = logging.getLogger(__name__)
-FAMILY = "output, lanes apart"
+FAMILY, SHARED = "output, lanes apart", "output, shared attention"
+ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten._softmax.default, torch.ops.aten.softmax.int)
 HISTORY, SAMPLES = 3, 2  # fresh values of the lane itself, and noisy samples, that a forecast reads
 FEWEST = 2  # calls of a lane that are computed, the first ones
 STARTS = 6  # schedules that the moments improve
@@ -113,7 +120,8 @@ class OwnRows:
             found[better] = error
         chosen = sorted(found, key=found.__getitem__)
         logger.debug("screened: %s, starts %s", [found[x] for x in chosen], [e for _, e in ranked])
-        return list(dict.fromkeys([*(self._schedule(rows) for rows in chosen), *starts[: len(alike)]]))
+        shared = [schedule for base in alike[:1] for schedule in self._sharing(budget, base)]
+        return list(dict.fromkeys([*(self._schedule(rows) for rows in chosen), *shared, *starts[: len(alike)]]))
 
     @functools.cached_property
     def moments(self) -> LaneMoments:
@@ -148,6 +156,28 @@ class OwnRows:
                     continue
                 yield self._placed(counts)
 
+    def _sharing(self, budget: float, base: Schedule) -> Iterator[Schedule]:
+        """One more step computed than in a schedule without lanes, paid by attention that lanes share at others."""
+        shared, steps = attention_branches(self.student.program), self.student.num_steps
+        computed = {step for step, loads in enumerate(base.loads) if not loads}
+        formed = {loads for loads in base.loads if loads}
+        saved = (1 - self.student.cost(shared)) * (self.lanes - 1) / self.lanes
+        if not shared or saved <= 0 or formed != {self._output}:
+            return
+        computed.add(min(set(range(steps)) - computed, key=lambda step: (-_gap(computed, step), step)))
+        over = len(computed) + (steps - len(computed)) * self.student.cost(self._output) - budget * steps
+        candidates = sorted(computed)[FEWEST:]
+        count = round(over / saved)
+        if not 0 < count <= len(candidates):
+            return
+        for chosen in dict.fromkeys([tuple(candidates[-count:]), tuple(candidates[:count])]):
+            loads = tuple(
+                self._output if step not in computed else shared if lane and step in chosen else frozenset()
+                for step in range(steps)
+                for lane in range(self.lanes)
+            )
+            yield Schedule(loads, HISTORY, self._samples, lanes=self.lanes, origin=Origin.EVEN, family=SHARED)
+
     def _apart(self, schedule: Schedule) -> Schedule:
         """Lanes that do the same, but each with coefficients of its own, which read the other's values too."""
         loads = tuple(loads for loads in schedule.loads for _ in range(self.lanes))
@@ -181,6 +211,18 @@ class OwnRows:
             failures += 1
             if found is not None and found.score < current.score - GAIN:
                 current, failures = found, 0
+
+
+def attention_branches(program: Program) -> frozenset[str]:
+    """The residual branches that hold an attention of their own."""
+    graph = program.graph_module.graph
+    found = {node for node in live_nodes(graph, ())[0] if node.target in ATTENTION}
+    return frozenset(b.name for b in program.branches if found - set(live_nodes(graph, b.values)[0]))
+
+
+def _gap(computed: set[int], step: int) -> int:
+    """How far the nearest computed step before is."""
+    return step - max((x for x in computed if x < step), default=-1)
 
 
 def _evenly(steps: int, count: int) -> set[int]:

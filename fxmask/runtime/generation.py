@@ -19,6 +19,7 @@ from fxmask.guards.ambient import modes
 from fxmask.guards.watch import WeightsState
 from fxmask.ir.calls import BoundCall
 from fxmask.ir.forecast import Cache, Slot
+from fxmask.ir.mask import Mask
 from fxmask.ir.rebind import TENSORS
 from fxmask.runtime import clock
 from fxmask.runtime.batched_lanes import Whole
@@ -328,12 +329,16 @@ class Generation:
             if found.next > found.start and mask.order[found.next - 1][0] == step:
                 if found.sample is None or not found.sample.is_same(sample):
                     continue  # of another image
-            elif not named or any(mask.call_of(i, at[1]) is not None for i in range(mask.order[found.start][0], step)):
-                continue  # it would have come before
+            elif not named or self._was_due(found, mask, at[1], step):
+                continue
             lane.course, lane.number = found, at[1]
             found.taken.add(at[1])
             return True
         return False
+
+    def _was_due(self, course: Course, mask: Mask, lane: int, step: int) -> bool:
+        """Whether a lane would have come to a course before this step, if it was its."""
+        return any(mask.call_of(i, lane) is not None for i in range(mask.order[course.start][0], step))
 
     def _first_row(self, lane: Lane, step: int) -> int | None:
         """The row of the mask that a run begins with which has nothing to go on from; ``None`` if there is none."""

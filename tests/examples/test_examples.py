@@ -174,14 +174,14 @@ def test_example_on_a_gpu(name, backend, tmp_path):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("family", ["dit", "pixart"])
+@pytest.mark.parametrize("family", ["dit", "pixart", "dit-4"])
 def test_coarse_sampling_at_every_step_is_the_fine_one(family, eta):
     """The rival "fewer steps, same noise" is the scheduler's own rule: with all of the steps it is the full sampler."""
     if family in TEXT:
         pytest.importorskip("transformers")
     import quality
 
-    cell = quality.Cell(family, 5, eta)
+    cell = quality.Cell.of(family, 5, eta)
     fine = cell.record(3, 2)
     coarse = quality.coarse_ddim(cell.model, fine, [int(t) for t in fine.timesteps], eta)
     assert torch.allclose(coarse, fine.final, atol=1e-5)
@@ -202,6 +202,19 @@ def test_quality_table_says_who_leads(tmp_path):
         results.put(f"{name} 2.0", {"ratio": 2.0, "psnr": decibels, "p10": 30.0, "images": torch.zeros(1)})
     quality.write_table(tmp_path, tmp_path / "out.md")
     assert "| 40.0 | 39.0 FORA: all branches reused | **+1.0** | **40.2** |" in (tmp_path / "out.md").read_text()
+
+
+def test_quality_table_with_guidance(tmp_path):
+    import quality
+
+    results = quality.Results(tmp_path / "dit-4-20-deterministic.json")
+    for name, decibels in (("fxmask", 30.5), ("fxmask, lanes alike", 30.0), ("FORA: all branches reused", 20.0)):
+        more = {"ssim": decibels / 100, "features": 1 - decibels / 100, "p10": 15.0, "images": torch.zeros(1)}
+        results.put(f"{name} 2.0", {"ratio": 2.0, "psnr": decibels, **more})
+    quality.write_table(tmp_path, tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text()
+    assert "| dit-4-20-deterministic | 2x | 30.5 | 20.0 FORA: all branches reused | +10.5 |" in text, "lanes alike are no rival"
+    assert "| dit-4-20-deterministic | 2x | 30.0 | 30.5 | 0.305 | 0.200 | 0.695 | 0.800 |" in text
 
 
 def test_converged_noise_adds_up_to_the_recorded_one():

@@ -16,7 +16,7 @@ from fxmask.learning.journal import Journal
 from fxmask.learning.lane_moments import LaneMoments, indices
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
-from fxmask.learning.own_rows import OwnRows, views_of
+from fxmask.learning.own_rows import OwnRows, attention_branches, views_of
 from fxmask.learning.progress import Progress
 from fxmask.learning.refine import refine
 from fxmask.learning.schedule import Schedule, lane_sources
@@ -125,6 +125,30 @@ def test_a_plan_for_a_budget(guided: tuple[fxmask.Program, Any], apart: OwnRows)
     assert point is not None
     assert math.isfinite(point.decibels)
     assert fxmask.rectify(program, point.mask).mac_ratio == pytest.approx(1 / budget, rel=0.03)
+
+
+def test_lanes_that_share_attention_pay_for_a_step_more() -> None:
+    """At some steps one lane's attention serves both; what is scored is what runs."""
+    _, _, run = record("wan", num_inference_steps=8)
+    program = fxmask.capture(run.denoiser, run.calls[0][0], roles=run.roles)
+    student = Student(program, [run])
+    rows = OwnRows(Measured(student, student, Journal(None, ""), Progress(False), starts=0, seed=0), Limits(), 0)
+    shared = attention_branches(program)
+    assert {name.rpartition(".")[2] for name in shared} == {"attn1", "attn2"}
+    base = Schedule(tuple(frozenset() if step % 2 == 0 else rows._output for step in range(8)), 3, 0)
+    found = list(rows._sharing(student.spent(base), base))
+    assert found
+    for schedule in found:
+        assert student.spent(schedule) == pytest.approx(student.spent(base), rel=0.03)
+        assert sum(schedule.loads[k] == frozenset() for k in range(0, 16, 2)) == 5, "one more than before"
+        assert shared in schedule.loads[1::2]
+        assert shared not in schedule.loads[0::2]
+        rolled = student.rollout(schedule)
+        read = {(row, source) for (row, name), terms in rolled.coefficients.items() if name in shared for source, _ in terms}
+        assert any(source == row - 1 for row, source in read)
+        plan = fxmask.rectify(program, student.mask(schedule, rolled.coefficients))
+        accelerated = fxmask.compile(program, plan, backend="eager")
+        assert torch.allclose(run.rollout(accelerated), rolled.finals[0], rtol=1e-3, atol=1e-4)
 
 
 def test_neighbours_keep_lanes(apart: OwnRows) -> None:
