@@ -249,7 +249,7 @@ MUTATIONS = [
     ),
     Mutation(
         "runtime: lanes are not told apart",
-        "fxmask/runtime/generation.py",
+        "fxmask/runtime/lane.py",
         "            version == before and (",
         "            True or version == before and (",
         RUNTIME,
@@ -299,14 +299,14 @@ MUTATIONS = [
     ),
     Mutation(
         "lanes: a sample is remembered as whatever its owner writes there later",
-        "fxmask/runtime/generation.py",
+        "fxmask/runtime/lane.py",
         "sample, version_of(sample), sample.clone())",
         "sample, version_of(sample), sample)",
         LANES,
     ),
     Mutation(
         "lanes: the same memory is the same sample, whatever was written there since",
-        "fxmask/runtime/generation.py",
+        "fxmask/runtime/lane.py",
         "        if self.version != -1 and version_of(other) == self.version and is_same_memory(other, self.given):\n",
         "        if is_same_memory(other, self.given):\n",
         LANES,
