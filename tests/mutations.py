@@ -286,7 +286,7 @@ MUTATIONS = [
     Mutation(
         "lanes: a lane joins a run of another image",
         "fxmask/runtime/generation.py",
-        "                if found.sample is None or not found.sample.is_same(sample):\n",
+        "                if found.sample is None or not found.sample.is_same(lane.variant.program.moving_part(sample)):\n",
         "                if found.sample is None:\n",
         LANES,
     ),

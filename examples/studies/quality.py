@@ -72,7 +72,7 @@ def run_cell(cell: Cell, folder: Path, paper: bool, efforts: Sequence[str] = EFF
             key = f"{name} {ratio}"
             row = None if results.is_complete(key) else measure(ratio)
             if row is not None:
-                results.put(key, {**row, **{k: v for k, v in results.rows.get(key, {}).items() if k == "converged"}})
+                results.put(key, {**row, **results.kept(key)})
     for label, effort, lanes in LEARNED:
         if effort not in efforts or (label == ALIKE and (cell.guidance is None or cell.eta)):
             continue  # where guidance's lanes are never told apart, the two are one
@@ -90,8 +90,7 @@ def run_cell(cell: Cell, folder: Path, paper: bool, efforts: Sequence[str] = EFF
                 facts = {"units": point.units, "kind": point.kind, "seconds": time.perf_counter() - started}
                 mask = point.mask
                 save_mask(results.mask(key), mask, facts, {})
-            known = {k: v for k, v in results.rows.get(key, {}).items() if k == "converged"}
-            results.put(key, {**evaluation.of_mask(mask, **facts, lanes=len(mask.lanes)), **known})
+            results.put(key, {**evaluation.of_mask(mask, **facts, lanes=len(mask.lanes)), **results.kept(key)})
     for name in PAPER if paper and cell.name.startswith(("ddpm-20", "dit-20")) else ():
         if not results.has(f"{name} 2.0"):
             mask, learned = paper_mask(cell, folder, name)

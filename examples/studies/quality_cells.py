@@ -178,6 +178,10 @@ class Results:
         """Whether a row is there with all that is measured; rows of earlier versions lack what is compared besides PSNR."""
         return key in self.rows and ("psnr" not in self.rows[key] or "ssim" in self.rows[key])
 
+    def kept(self, key: str) -> Row:
+        """What of a row stays when the rest of it is measured again: it takes long, and is of the same images."""
+        return {name: value for name, value in self.rows.get(key, {}).items() if name == "converged"}
+
     def samples(self, key: str) -> Path:
         """Where the images of a row are kept."""
         return self.path.parent / "samples" / self.path.stem / f"{_as_name(key)}.pt"

@@ -11,7 +11,6 @@ noise says nothing of x0. N doubles from 1, where the target is the teacher's ow
 diffusers' `LCMScheduler` samples it with any number of steps.
 """
 
-import argparse
 import functools
 import logging
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from fine_tuning import fine_tune
+from fine_tuning import fine_tune, parser_of
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import SCHEDULER, configuration, noise_schedule, save_grid, shift_images
@@ -110,14 +109,7 @@ def report(steps: int, count: int, path: Path) -> None:
 def main() -> None:
     """Distils, ships and draws."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--steps", type=int, default=900, help="optimiser steps")
-    parser.add_argument("--rate", type=float, default=4e-4, help="peak learning rate")
-    parser.add_argument("--work", type=Path, default=Path("build/train"), help="folder of the training state")
-    parser.add_argument("--draw", type=Path, help="only draw samples of the shipped model to this file")
-    parser.add_argument("--sample-steps", type=int, default=5)
-    parser.add_argument("--count", type=int, default=500, help="images sampled")
+    parser = parser_of(__doc__, steps=900, sample_steps=5)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,5 +1,6 @@
 """A short training that starts from a shipped model, shared by `prune.py` and `consistency.py`."""
 
+import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,19 @@ WARM_UP = 50  # Steps.
 
 # Maps (model, averaged model, images [B, 1, 16, 16], done part of the training in [0, 1), generator) to a scalar.
 LossFunction = Callable[[nn.Module, nn.Module, Tensor, float, torch.Generator], Tensor]
+
+
+def parser_of(description: str, steps: int, sample_steps: int) -> argparse.ArgumentParser:
+    """Options of such a training, and of what is drawn after it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
+    parser.add_argument("--rate", type=float, default=4e-4, help="peak learning rate")
+    parser.add_argument("--work", type=Path, default=Path("build/train"), help="folder of the training state")
+    parser.add_argument("--draw", type=Path, help="only draw samples of the shipped model to this file")
+    parser.add_argument("--sample-steps", type=int, default=sample_steps)
+    parser.add_argument("--count", type=int, default=500, help="images sampled")
+    return parser
 
 
 def fine_tune(

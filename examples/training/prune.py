@@ -9,7 +9,6 @@ whose loss is not small beside the largest: the noisiest ones say little of what
 of all layers go, those of the time embedding and of attention's heads excepted, so that layers become unevenly narrow.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
-from fine_tuning import fine_tune
+from fine_tuning import fine_tune, parser_of
 from torch import Tensor, nn
 from train import configuration, ddpm_loss, noise_schedule, sample, save_grid
 
@@ -115,15 +114,8 @@ def report(steps: int, count: int, path: Path) -> None:
 def main() -> None:
     """Prunes, fine-tunes, ships and draws."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser = parser_of(__doc__, steps=700, sample_steps=20)
     parser.add_argument("--ratio", type=float, default=0.15, help="channels pruned")
-    parser.add_argument("--steps", type=int, default=700, help="optimiser steps of the fine-tuning")
-    parser.add_argument("--rate", type=float, default=4e-4, help="peak learning rate")
-    parser.add_argument("--work", type=Path, default=Path("build/train"), help="folder of the training state")
-    parser.add_argument("--draw", type=Path, help="only draw samples of the shipped model to this file")
-    parser.add_argument("--sample-steps", type=int, default=20)
-    parser.add_argument("--count", type=int, default=500, help="images sampled")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

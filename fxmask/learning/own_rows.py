@@ -22,6 +22,7 @@ import torch
 
 from fxmask.errors import CaptureError, InputError
 from fxmask.ir.liveness import live_nodes
+from fxmask.ir.macs import count_attention_macs
 from fxmask.ir.program import Program
 from fxmask.learning.candidate import Candidate, ParetoPoint
 from fxmask.learning.constraints import is_met, keeps_limits
@@ -40,7 +41,7 @@ from fxmask.sampling.split_lanes import split_lanes
 
 logger = logging.getLogger(__name__)
 FAMILY, SHARED = "output, lanes apart", "output, shared attention"
-ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten._softmax.default, torch.ops.aten.softmax.int)
+SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten.softmax.int)  # of an attention that is written out
 HISTORY, SAMPLES = 3, 2  # fresh values of the lane itself, and noisy samples, that a forecast reads
 FEWEST = 2  # calls of a lane that are computed, the first ones
 STARTS = 6  # schedules that the moments improve
@@ -216,7 +217,7 @@ class OwnRows:
 def attention_branches(program: Program) -> frozenset[str]:
     """The residual branches that hold an attention of their own."""
     graph = program.graph_module.graph
-    found = {node for node in live_nodes(graph, ())[0] if node.target in ATTENTION}
+    found = {node for node in live_nodes(graph, ())[0] if count_attention_macs(node) or node.target in SOFTMAX}
     return frozenset(b.name for b in program.branches if found - set(live_nodes(graph, b.values)[0]))
 
 

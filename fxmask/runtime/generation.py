@@ -166,7 +166,7 @@ class Generation:
         self._count += 1
         self.calls += 1
         again, lane.seen = lane.seen > 0, self._count
-        joins = not running and step is not None and self._join(lane, step, variant.program.moving_part(bound.sample))
+        joins = not running and step is not None and self._join(lane, step, bound.sample)
         row = None if step is None or running or joins else self._first_row(lane, step)
         if step is not None and not running and not joins and row is None:
             step = None  # the mask has no such call
@@ -213,7 +213,7 @@ class Generation:
             if named and mask.lanes[at[1]] != lane.name:
                 continue
             if found.next > found.start and mask.order[found.next - 1][0] == step:
-                if found.sample is None or not found.sample.is_same(sample):
+                if found.sample is None or not found.sample.is_same(lane.variant.program.moving_part(sample)):
                     continue  # of another image
             elif not named or self._was_due(found, mask, at[1], step):
                 continue
