@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_gpu import emulated_gpu
 from recorder import Recorder
 
 import fxmask
@@ -246,6 +247,29 @@ def test_lanes_of_one_batch(program: fxmask.Program) -> None:
     assert accelerated.report().to_dict()["lanes"] == ["a", "b"]
     assert sorted(p.batch_size for p in accelerated.programs) == [2, 4]
     assert accelerated.program.batch_size == 2
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_on_an_emulated_gpu(program: fxmask.Program, batched: bool) -> None:
+    """Call by call and in one batch: no tensor is left on the CPU, and the values are its."""
+
+    def there(c: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to("cuda") for name, value in c.items()}
+
+    wanted = expected(program)
+    with emulated_gpu():
+        first = calls_of_run()[0]
+        example = there(whole(first) if batched else first[0])
+        accelerated = accelerated_of(
+            fxmask.capture(Guided().eval().to("cuda"), example, {"text": "conditioning"}), batched=batched
+        )
+        for _ in range(2):
+            got = []
+            for step in calls_of_run():
+                outputs = [accelerated(**there(c)) for c in ([whole(step)] if batched else step)]
+                got.append([x.cpu() for output in outputs for x in output.chunk(2 if batched else 1)])
+            assert same(got, wanted)
+    assert all(run.followed for run in accelerated.report().runs)
 
 
 def test_the_whole_batch_is_called_once(program: fxmask.Program, monkeypatch: pytest.MonkeyPatch) -> None:
