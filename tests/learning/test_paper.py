@@ -19,7 +19,9 @@ from fxmask.learning.paper.budget import StreamBudget
 from fxmask.learning.paper.learner import rollout_error
 from fxmask.learning.paper.live_cost import LiveCost
 from fxmask.learning.paper.options import PaperOptions
-from fxmask.learning.paper.scores import ScoreLearner, _smoothed, measured_weights, step_weights
+from fxmask.learning.paper.scores import ScoreLearner, _smoothed, _strength, measured_weights, step_weights
+from fxmask.learning.paper.start import NEAR, evenly, fixed_schedules
+from fxmask.learning.paper.state import State
 
 QUICK = PaperOptions(epochs=3)
 
@@ -130,8 +132,66 @@ def test_memory_of_a_soft_step_is_one_step():
     soft = insert_soft_mask(program, program.streams)
     inputs = tuple(program.signature.bind((), dict(trajectory.calls[0][0])).tensors.values())
     scores = torch.full((len(soft.blocks),), 0.7)
-    _, caches, _, student = paper.soft_step(soft, inputs, scores, soft.empty_caches(program), trajectory.outputs[0][0], False)
-    assert all(not cache.requires_grad for cache in [*caches, student])
+    window = paper._Window(soft, program)
+    used = scores.requires_grad_()
+    loss, window.caches, student = paper.soft_step(soft, inputs, used, window.caches, trajectory.outputs[0][0], False)
+    window.steps.append((0, used, loss))
+    window.close(torch.zeros(1, len(scores)), torch.ones(1))
+    assert not window.steps
+    assert all(not cache.requires_grad for cache in [*window.caches, student])
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_window_is_the_gradient_of_its_losses(dit_trajectory, dit_program, window, weighted):
+    """Against one backward pass over all steps, with caches cut where windows begin; weights as each step's penalty has."""
+    _, trajectory = dit_trajectory
+    options = PaperOptions(fresh=False, window=window)
+    lanes = learner_of(dit_program, [trajectory])._lanes(trajectory)
+    program, soft = lanes[0]
+    rows = torch.rand(6, len(soft.blocks), generator=torch.Generator().manual_seed(1))
+    rows[0] = 1
+    weights = torch.tensor([1.0, 3.0, 0.5, 2.0, 1.0, 4.0]) if weighted else None
+    for seed in range(window):
+        found = paper.run_pass(trajectory, lanes, rows, options, seed, weights).gradient
+        used = [row.clone().requires_grad_() for row in rows]
+        caches, losses = soft.empty_caches(program), []
+        for i in range(6):
+            if (i - seed) % window == 0:
+                caches = [cache.detach() for cache in caches]
+            inputs = tuple(program.signature.bind((), dict(trajectory.calls[i][0])).tensors.values())
+            out, *values = soft.graph_module(*inputs, used[i], *caches)
+            loss = (out - trajectory.outputs[i][0]).flatten(1).norm(dim=1).mean()
+            losses.append(loss if weights is None else loss / weights[i])
+            kept = [i == 0 or window > 1 or bool(used[i][b] > 0.5) for b, _ in soft.values]
+            caches = [value if new else old for new, value, old in zip(kept, values, caches, strict=True)]
+        expected = torch.stack(torch.autograd.grad(torch.stack(losses).sum(), used))
+        torch.testing.assert_close(found, expected if weights is None else expected * weights[:, None], rtol=1e-3, atol=1e-6)
+
+
+def test_a_window_tells_a_score_of_the_steps_that_load_what_it_stores(dit_trajectory, dit_program):
+    """Of the steps after a full one that are skipped whole, the full one's scores are told; alone they are not."""
+    _, trajectory = dit_trajectory
+    lanes = learner_of(dit_program, [trajectory])._lanes(trajectory)
+    rows = torch.ones(6, len(dit_program.streams))
+    rows[3:] = 0
+    alone, ahead = (paper.run_pass(trajectory, lanes, rows, PaperOptions(fresh=False, window=w), 0) for w in (1, 6))
+    assert alone.gradient[2].abs().max() < 1e-3 * ahead.gradient[2].abs().max()
+    assert ahead.error == pytest.approx(alone.error)
+
+
+def test_a_window_of_several_lanes(dit_trajectory, dit_program):
+    """Two equal lanes say what one does."""
+    _, run = dit_trajectory
+    both = dataclasses.replace(
+        run, calls=tuple((a[0], a[0]) for a in run.calls), outputs=tuple((a[0], a[0]) for a in run.outputs)
+    )
+    lanes = learner_of(dit_program, [run])._lanes(run)
+    rows = torch.rand(6, len(dit_program.streams), generator=torch.Generator().manual_seed(0))
+    rows[0] = 1
+    options = PaperOptions(fresh=False, window=3)
+    one, two = paper.run_pass(run, lanes, rows, options, 1), paper.run_pass(both, lanes * 2, rows, options, 1)
+    torch.testing.assert_close(one.gradient, two.gradient)
 
 
 def test_unreachable_speedup_says_what_is_reachable(dit_trajectory, dit_program):
@@ -172,9 +232,9 @@ def scores_of(program, runs, budget=0.6, seed=0, checkpoint=None, **options):
     return learner.learn(progress=False)
 
 
-def learner_of(program, runs, budget=0.6, seed=0, checkpoint=None, **options):
+def learner_of(program, runs, budget=0.6, seed=0, checkpoint=None, judge=None, **options):
     kept = StreamBudget(program, runs[0].timesteps).kept
-    return ScoreLearner(program, runs, program.streams, kept, budget, PaperOptions(**options), seed, checkpoint)
+    return ScoreLearner(program, runs, program.streams, kept, budget, PaperOptions(**options), seed, checkpoint, judge)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=str)
@@ -193,9 +253,9 @@ def test_every_pass_draws_other_noise(unet_trajectory, unet_program, monkeypatch
     firsts = []
     original = paper.soft_step
 
-    def watched(soft, inputs, scores, caches, target, first):
+    def watched(soft, inputs, scores, caches, target, first, blended):
         firsts.extend([inputs[0].clone()] if first else [])
-        return original(soft, inputs, scores, caches, target, first)
+        return original(soft, inputs, scores, caches, target, first, blended)
 
     monkeypatch.setattr(paper, "soft_step", watched)
     scores_of(unet_program, [trajectory], epochs=3)
@@ -264,22 +324,105 @@ def test_learning_stops_when_the_mask_does_not_change(dit_trajectory, dit_progra
     assert scores_of(dit_program, [trajectory], epochs=30, strength=10.0, patience=0).passes == 30
 
 
-@pytest.mark.parametrize("sampling", ["start", "bernoulli"])
-def test_a_checkpoint_goes_on_bit_for_bit(dit_trajectory, dit_program, tmp_path, sampling):
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"sampling": "bernoulli"}, {"window": 3, "judged": 2, "judge": lambda rank: float(rank[1:].sum())}],
+    ids=["start", "bernoulli", "judged"],
+)
+def test_a_checkpoint_goes_on_bit_for_bit(dit_trajectory, dit_program, tmp_path, how):
     _, trajectory = dit_trajectory
-    options = {"epochs": 6, "sampling": sampling}
+    options = {"epochs": 6, **how}
     whole = scores_of(dit_program, [trajectory], **options)
     first = learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **options)
     for _ in range(3):
         first._one(6)
     again = learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **options)
     assert again.state.passes == 3
+    assert again.state.lowest == first.state.lowest
     assert torch.equal(again.learn(progress=False).values, whole.values)
     with pytest.raises(fxmask.InputError, match="belongs to another run"):
-        learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", epochs=7)
+        learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **{**options, "epochs": 7})
     (tmp_path / "state").write_bytes(b"no checkpoint")
     with pytest.raises(fxmask.InputError, match="is damaged"):
         learner_of(dit_program, [trajectory], checkpoint=tmp_path / "state", **options)
+
+
+def test_the_best_of_the_judged_masks_is_taken(dit_trajectory, dit_program):
+    """At the start, every second pass and at the end; the errors are made up."""
+    _, trajectory = dit_trajectory
+    errors = iter([5.0, 4.0, 1.0, 3.0])
+    seen = []
+
+    def judge(rank: torch.Tensor) -> float:
+        seen.append(rank)
+        return next(errors)
+
+    scores = scores_of(dit_program, [trajectory], epochs=5, judged=2, judge=judge)
+    assert len(seen) == 4
+    assert torch.equal(scores.rank, seen[2])
+    assert not torch.equal(seen[2], seen[3])
+
+
+@pytest.mark.parametrize("family", ["unet", "dit"])
+@pytest.mark.parametrize("budget", [0.4, 0.55, 0.7])
+def test_fixed_schedules_are_the_nearest_to_a_budget(family, budget, request):
+    """Against all numbers of steps."""
+    program = request.getfixturevalue(f"{family}_program")
+    kept = StreamBudget(program, tuple(map(float, range(12, 0, -1)))).kept
+    names = range(len(program.streams))
+    groups = [torch.ones(len(names), dtype=torch.bool), *(torch.tensor([b == c for c in names]) for b in names)]
+    found = fixed_schedules(12, groups, kept, budget)
+    expected = []
+    for group in groups:
+        near = min((evenly(12, group, n) for n in range(1, 13)), key=lambda rows: abs(kept(rows) - budget))
+        expected += [near] if abs(kept(near) / budget - 1) <= NEAR else []
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(bool(rows[0].all()) for rows in found)
+
+
+def test_our_variant_starts_from_a_schedule_and_is_not_worse(unet_trajectory, unet_program):
+    """On the recorded run, of the fixed schedules near the asked ratio the best one is where it starts."""
+    _, run = unet_trajectory
+    starts = []
+    original = State.judge
+
+    def watched(state: State, error: float) -> None:
+        starts.append((state.scores.clone(), error))
+        original(state, error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "judge", watched)
+        mask = fxmask.learn(unet_program, run, speedup=1.5, learner="paper", options=PaperOptions.ours(epochs=3))
+    budget = StreamBudget(unet_program, run.timesteps)
+    single = torch.eye(len(unet_program.streams), dtype=torch.bool)
+    schedules = fixed_schedules(run.num_steps, [torch.ones_like(single[0]), *single], budget.kept, 1 / 1.5)
+    first = starts[0][0] > 0.5
+    assert any(torch.equal(first, rows) for rows in schedules)
+    quality = fxmask.metrics.psnr(fxmask.reference.rollout(unet_program, mask, run), run.final).mean()
+    assert float(quality) == pytest.approx(-min(error for _, error in starts), abs=1e-4)
+
+
+def test_lambda1_follows_the_cost_and_where_it_is_going():
+    worth, share = torch.rand(4, 3), torch.full((3,), 0.3, dtype=torch.float64)
+
+    def after(kept: float, before: float) -> float:
+        return _strength(1.0, worth, share, kept, before, budget=0.5)
+
+    assert after(0.6, 0.6) > 1 > after(0.4, 0.4)
+    assert after(0.5, 0.5) == 1
+    assert after(0.6, 0.7) < 1 < after(0.4, 0.3)
+
+
+def test_checkpoints_of_before_belong_to_the_same_options():
+    """Options that are newer count only where they are used."""
+    old = (
+        "PaperOptions(epochs=None, learning_rate=0.1, bimodal=0.5, weighted=True, sampling='start', gumbel=False, "
+        "blocks='stream', inputs='teacher', fresh=True, cost='sum', measured=False, strength=None, patience=10, on_scores=None)"
+    )
+    assert PaperOptions().identity == old
+    identities = {PaperOptions(**given).identity for given in ({}, {"window": 2}, {"judged": 3}, {"start": "schedule"})}
+    assert len(identities) == 4
 
 
 def test_bytes_of_caches_are_kept(unet_trajectory, unet_program):
@@ -410,6 +553,10 @@ def test_options_are_checked():
         PaperOptions(blocks="level")
     with pytest.raises(fxmask.InputError, match="at least 1"):
         PaperOptions(epochs=0)
+    with pytest.raises(fxmask.InputError, match=r"window=0\) must be at least 1"):
+        PaperOptions(window=0)
+    with pytest.raises(fxmask.InputError, match="a fixed strength has none"):
+        PaperOptions.ours(strength=0.1)
 
 
 def _is_tensor(x: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from fxmask.learning.outcome import Outcome
 from fxmask.learning.paper.budget import Budget, StreamBudget
 from fxmask.learning.paper.options import PASSES, PaperOptions
 from fxmask.learning.paper.scores import ScoreLearner
-from fxmask.metrics import relative_error
+from fxmask.learning.paper.start import fixed_schedules
+from fxmask.metrics import psnr, relative_error
 from fxmask.passes.rectify import rectify
 from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Sampler
@@ -71,8 +73,20 @@ def learn_paper(
     if outcome.max_error is None and not fixed:
         projector.budget.check(outcome, limits.max_graphs)
     options = options if options.epochs else replace(options, epochs=PASSES[effort])
+    judged = outcome.max_error is None and not fixed
     learner = ScoreLearner(
-        program, trajectories, blocks, projector.budget.kept, outcome.budget, options, seed, checkpoint=checkpoint
+        program,
+        trajectories,
+        blocks,
+        projector.budget.kept,
+        outcome.budget,
+        options,
+        seed,
+        checkpoint=checkpoint,
+        judge=(lambda rank: projector.error(rank, outcome.budget)) if judged else None,
+        start=projector.schedule(outcome.budget)
+        if options.start == "schedule" and not Path(checkpoint or "").is_file()
+        else None,
     )
     scores = learner.learn(progress)
     logger.info("%d passes, lambda1 %.3g", scores.passes, scores.strength)
@@ -149,6 +163,26 @@ class _Projector:
                 return self.within(mask)
             mask = self.mask(self.budget.project(rank, budget, self._limits.max_graphs, self._seed))
         return self.within(mask)
+
+    def error(self, rank: torch.Tensor, budget: float) -> float:
+        """Minus PSNR of the mask at a budget, in dB, mean over the recorded images; infinite where there is none."""
+        try:
+            mask = rectify(self._program, self.at(rank, budget)).mask
+        except OutcomeError:
+            return math.inf
+        return sum(self._decibels(mask, run) for run in self._runs) / len(self._runs)
+
+    def _decibels(self, mask: Mask, run: Sampler) -> float:
+        """Minus PSNR, mean over images: an image that is hard does not decide alone."""
+        return -float(psnr(reference.rollout(self._program, mask, run), run.final).clamp(max=300).mean())
+
+    def schedule(self, budget: float) -> torch.Tensor | None:
+        """The mask ``[T, B]`` of the best fixed schedule at a budget, if there is one."""
+        everything = torch.ones(len(self._names), dtype=torch.bool)
+        single = [torch.eye(len(self._names), dtype=torch.bool)[b] for b in range(len(self._names))] if self._streams else []
+        found = fixed_schedules(len(self._timesteps), [everything, *single], self.budget.kept, budget)
+        run = self._runs[0]
+        return min(found, key=lambda rows: self._decibels(self.mask(rows), run), default=None)
 
     def _fits(self, mask: Mask) -> bool:
         bound = self._limits.max_cache_bytes

@@ -41,7 +41,12 @@ class Pass:
 
 
 def run_pass(
-    run: Sampler, lanes: Sequence[tuple[Program, SoftGraph]], scores: torch.Tensor, options: PaperOptions, seed: int
+    run: Sampler,
+    lanes: Sequence[tuple[Program, SoftGraph]],
+    scores: torch.Tensor,
+    options: PaperOptions,
+    seed: int,
+    weights: torch.Tensor | None = None,
 ) -> Pass:
     """Gradients of one sampling run.
 
@@ -50,11 +55,14 @@ def run_pass(
         lanes: program and soft graph of each lane.
         scores: float ``[T, B]`` as they are used; 1 at the first step.
         options: of the learner.
-        seed: of fresh noise.
+        seed: of fresh noise, and of where windows begin.
+        weights: float ``[T]``, what the penalty of each step is scaled by; only ratios count, and only within a window.
     """
     pairs = _pairs(run, lanes[0][0].model, options, seed)
-    caches = [soft.empty_caches(program) for program, soft in lanes]
+    windows = [_Window(soft, program) for program, soft in lanes]
+    begins = seed % options.window  # other steps see far ahead in other passes
     before: list[torch.Tensor | None] = [None] * len(lanes)
+    told = torch.ones(len(scores)) if weights is None else weights
     gradient = torch.zeros(scores.shape)
     change = torch.zeros(len(scores), dtype=torch.float64)
     total, answer = 0.0, None
@@ -65,14 +73,41 @@ def run_pass(
         if target is None:
             with torch.no_grad():
                 target = program.graph_module(*inputs)[0]
-        own, caches[lane], error, student = soft_step(soft, inputs, scores[i], caches[lane], target, i == 0)
-        gradient[i] += own.cpu() / len(lanes)
-        total += error / len(lanes)
+        window = windows[lane]
+        if (i - begins) % options.window == 0:
+            window.close(gradient, told)
+        used = scores[i].to(target.device).detach().requires_grad_()
+        loss, window.caches, student = soft_step(soft, inputs, used, window.caches, target, i == 0, options.window > 1)
+        window.steps.append((i, used, loss))
+        if options.window == 1:
+            window.close(gradient, told)
+        total += float(loss.detach()) / len(lanes)
         change[i] += relative_change(before[lane], target) / len(lanes)
         before[lane] = target
         answer = target if options.inputs == "teacher" else student
+    for window in windows:
+        window.close(gradient, told)
     pairs.close()
-    return Pass(gradient, change, total / len(scores))
+    return Pass(gradient / len(lanes), change, total / len(scores))
+
+
+class _Window:
+    """Steps of one lane whose losses reach the scores of those before them, through the caches."""
+
+    def __init__(self, soft: SoftGraph, program: Program) -> None:
+        self.caches = soft.empty_caches(program)
+        self.steps: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def close(self, gradient: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add what these steps say of their scores, and let go of their graphs."""
+        if self.steps:
+            numbers, used, losses = zip(*self.steps, strict=True)
+            # a step's gradient has the scale of its own penalty, whichever step's loss it is of
+            loss = torch.stack([x / weights[i] for i, x in zip(numbers, losses, strict=True)]).sum()
+            for i, found in zip(numbers, torch.autograd.grad(loss, used), strict=True):
+                gradient[i] += found.cpu() * weights[i]
+        self.steps.clear()
+        self.caches = [cache.detach() for cache in self.caches]
 
 
 def relative_change(before: torch.Tensor | None, now: torch.Tensor) -> float:
@@ -116,20 +151,29 @@ def _renoised(run: Sampler, model: torch.nn.Module, seed: int) -> Sampler:
 def soft_step(
     soft: SoftGraph,
     inputs: tuple[torch.Tensor, ...],
-    scores: torch.Tensor,
+    used: torch.Tensor,
     caches: Sequence[torch.Tensor],
     target: torch.Tensor,
     first: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], float, torch.Tensor]:
-    """Gradient of the feature loss by the scores ``[B]``, the new caches, the loss, and the student's prediction."""
-    used = scores.to(target.device).detach().requires_grad_()
+    blended: bool = False,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The feature loss and the new caches, of which gradients reach the scores ``used`` ``[B]``, and the student's prediction.
+
+    Args:
+        soft: the program with its scores.
+        inputs: of the program.
+        used: scores.
+        caches: of earlier steps.
+        target: the teacher's prediction.
+        first: nothing is cached yet.
+        blended: caches hold blended values whatever the score, and not only those of blocks that compute.
+    """
     with torch.enable_grad():
         results = soft.graph_module(*inputs, used, *caches)
         loss = (results[0] - target).flatten(1).norm(dim=1).mean()
-        (gradient,) = torch.autograd.grad(loss, [used])
     computed = (used.detach() > 0.5).tolist()
     fresh = [
-        value.detach() if first or computed[b] else cache
+        value if first or blended or computed[b] else cache
         for (b, _), value, cache in zip(soft.values, results[soft.num_outputs :], caches, strict=True)
     ]
-    return gradient, fresh, float(loss.detach()), results[0].detach()
+    return loss, fresh, results[0].detach()

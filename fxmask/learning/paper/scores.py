@@ -31,6 +31,7 @@ from fxmask.learning.instant.response import gains_of, response_of
 from fxmask.learning.paper.live_cost import LiveCost
 from fxmask.learning.paper.options import PaperOptions
 from fxmask.learning.paper.passes import Pass, run_pass
+from fxmask.learning.paper.start import scores_of
 from fxmask.learning.paper.state import State
 from fxmask.learning.ranks import Group
 from fxmask.passes.insert_soft_mask import SoftGraph, insert_soft_mask
@@ -38,10 +39,13 @@ from fxmask.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 Kept = Callable[[torch.Tensor], float]  # of a hard mask [T, B] the fraction of the full MACs
+Judge = Callable[[torch.Tensor], float]  # of a rank [T, B] the error of its mask
 CLOSE = 0.03  # of the budget
 NEIGHBOURS = 12  # of this fraction of all steps, on each side, a measured weight is smoothed
 MOST = 30.0  # how far measured weights may be from their mean
+TOWARDS, AHEAD = 2.0, 8.0  # how much of that a distance from the budget asks for, and a change of it in one pass
 FASTEST = 0.2  # logarithm of what lambda1 changes by in a pass; scores take several to follow
+CHEAPEST = 1e-3  # of a mean block: what is cheaper, as what nothing reads is, counts as much
 UNCHANGED = 0.01  # of the mask's entries
 
 
@@ -110,6 +114,8 @@ class ScoreLearner:
         options: hyper-parameters; ``options.epochs`` is set.
         seed: of the scores' start and of fresh noise.
         checkpoint: a file that learning goes on from.
+        judge: of a rank, the error of its mask; needed if ``options.judged``.
+        start: the mask ``[T, B]`` near which scores start, in place of random ones.
     """
 
     def __init__(
@@ -122,7 +128,10 @@ class ScoreLearner:
         options: PaperOptions,
         seed: int,
         checkpoint: str | Path | None = None,
+        judge: Judge | None = None,
+        start: torch.Tensor | None = None,
     ) -> None:
+        self._judge = judge if options.judged else None
         self.program, self.runs, self.blocks, self.kept = program, runs, tuple(blocks), kept
         self.budget, self.options, self.seed = budget, options, seed
         self.group = Group.current()
@@ -131,9 +140,13 @@ class ScoreLearner:
         self._soft: dict[int, SoftGraph] = {}
         self._cost = LiveCost.of(program, self.blocks) if options.cost == "live" else None
         self._noise = torch.Generator().manual_seed(seed + 1)  # the same on every rank
-        told = repr((options, budget, seed, self.group.size, [block.name for block in self.blocks]))
+        names = [block.name for block in self.blocks]
+        told = f"({options.identity}, {budget!r}, {seed!r}, {self.group.size!r}, {names!r})"
         identity = identity_of(program, runs, (told,)) if checkpoint is not None and self.group.rank == 0 else ""
         self.state = State.start(len(runs[0].timesteps), len(self.blocks), seed, options.strength)
+        if start is not None:
+            self.state.scores = scores_of(start, torch.Generator().manual_seed(seed))
+            self.state.scores[0] = 1.0
         self._file = None if checkpoint is None else Path(checkpoint)
         self._identity = self.group.agree(identity)
         if self._file is not None:
@@ -150,12 +163,13 @@ class ScoreLearner:
                     error = self._one(total)
                     bar.update()
                     bar.set_postfix(error=f"{error:.3g}", macs=f"{self.state.kept:.3f}", refresh=False)
+                self._judged(last=True)
             except KeyboardInterrupt:
                 logger.warning(
                     "learning was interrupted in pass %d of %d; using the scores so far", self.state.passes + 1, total
                 )
         state = self.state
-        return Scores(state.scores.clone(), state.pull / self._weights().unsqueeze(1), state.passes, state.strength or 0.0)
+        return self._scores(*(state.best if len(state.best) else (state.scores, state.pull)))
 
     def _settled(self) -> bool:
         """Whether the mask has stopped changing, at the cost that is asked for."""
@@ -167,25 +181,38 @@ class ScoreLearner:
     def _one(self, total: int) -> float:
         """One pass on every rank, and one update of the scores; returns the loss."""
         state, options = self.state, self.options
+        if not state.passes:
+            self._judged()
         used, slope = _sampled(state.scores, self._noise, options.drawn)
         number = state.passes * self.group.size + self.group.rank
         run = self.runs[number % len(self.runs)]
-        seen = run_pass(run, self._lanes(run), used, options, 1_000_003 * (self.seed + 1) + number)
+        seen = run_pass(run, self._lanes(run), used, options, 1_000_003 * (self.seed + 1) + number, self._measured)
         seen = self._together(seen)
         state.change = seen.change if state.passes == 0 else 0.9 * state.change + 0.1 * seen.change
         state.pull = 0.7 * state.pull - 0.3 * seen.gradient
         weights = self._weights()
+        price = torch.ones_like(used) if self._cost is None else self._cost.gradient(used)
         if state.strength is not None:
-            price = torch.ones_like(used) if self._cost is None else self._cost.gradient(used)
             penalty = state.strength * weights.unsqueeze(1) * price * (1 + options.bimodal * (1 - 2 * used))
             half = max(0.0, 2 * state.passes / max(1, total) - 1)
             state.descend((seen.gradient + penalty) * slope, options.learning_rate * 0.1**half)
+        before = state.kept
         state.finish(self.kept)
         if options.strength is None:
-            state.strength = _strength(state.strength, state.pull, weights, self._share(), state.kept, self.budget)
+            worth = state.pull / weights.unsqueeze(1) / price.clamp_min(CHEAPEST)
+            state.strength = _strength(state.strength, worth, self._share(), state.kept, before, self.budget)
+        self._judged()
         if self._file is not None and self.group.rank == 0:
             state.write(self._file, self._identity, self._noise)
         return seen.error
+
+    def _judged(self, last: bool = False) -> None:
+        """Roll out the mask so far, at the start, every few passes and at the end."""
+        if self._judge is not None and (last or self.state.passes % self.options.judged == 0):
+            self.state.judge(self.group.agree(self._judge(self._scores(self.state.scores, self.state.pull).rank)))
+
+    def _scores(self, values: torch.Tensor, pull: torch.Tensor) -> Scores:
+        return Scores(values.clone(), pull / self._weights().unsqueeze(1), self.state.passes, self.state.strength or 0.0)
 
     def _together(self, seen: Pass) -> Pass:
         """The mean over ranks."""
@@ -231,12 +258,15 @@ def _sampled(scores: torch.Tensor, generator: torch.Generator, how: str) -> tupl
 
 
 def _strength(
-    strength: float | None, pull: torch.Tensor, weights: torch.Tensor, share: torch.Tensor, kept: float, budget: float
+    strength: float | None, worth: torch.Tensor, share: torch.Tensor, kept: float, before: float, budget: float
 ) -> float:
-    """lambda1: at first where the pulls of a fitting number of blocks exceed it, then steered towards the budget."""
+    """lambda1: at first where a fitting number of blocks are worth more than it, then steered towards the budget.
+
+    Scores follow lambda1 late, so it also reacts to where they are going.
+    """
     if strength is None:
-        ordered, index = (pull[1:] / weights[1:, None]).flatten().sort()
-        cost = share.repeat(len(pull) - 1)[index].cumsum(0) / len(pull)
+        ordered, index = worth[1:].flatten().sort()
+        cost = share.repeat(len(worth) - 1)[index].cumsum(0) / len(worth)
         position = int(torch.searchsorted(cost, 1 - budget))
         return max(1e-8, float(ordered[min(position, len(ordered) - 1)]))
-    return strength * math.exp(max(-FASTEST, min(FASTEST, 3 * (kept - budget))))
+    return strength * math.exp(max(-FASTEST, min(FASTEST, TOWARDS * (kept - budget) + AHEAD * (kept - before))))

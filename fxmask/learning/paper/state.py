@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ class State:
         strength: lambda1; ``None`` before it is known.
         kept: fraction of MACs of the mask ``scores > 0.5``.
         flips: share of that mask's entries that each pass changed.
+        best: float ``[2, T, B]``, scores and pull of the best mask so far, where masks are judged; else empty.
+        lowest: its error.
     """
 
     scores: torch.Tensor
@@ -47,6 +50,8 @@ class State:
     strength: float | None = None
     kept: float = 1.0
     flips: list[float] = field(default_factory=list)
+    best: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    lowest: float = math.inf
     _mask: torch.Tensor | None = None
 
     @classmethod
@@ -76,10 +81,15 @@ class State:
         self._mask = mask
         self.passes += 1
 
+    def judge(self, error: float) -> None:
+        """Keep the scores as they are, if their mask's error is the lowest so far."""
+        if error < self.lowest or not len(self.best):
+            self.best, self.lowest = torch.stack([self.scores, self.pull]), error
+
     def write(self, path: Path, identity: str, noise: torch.Generator) -> None:
         """Replace the checkpoint by this state."""
-        facts = {name: getattr(self, name) for name in ("passes", "updates", "strength", "kept", "flips")}
-        tensors = {name: getattr(self, name).contiguous() for name in ("scores", "pull", "first", "second", "change")}
+        facts = {name: getattr(self, name) for name in ("passes", "updates", "strength", "kept", "flips", "lowest")}
+        tensors = {name: getattr(self, name).contiguous() for name in ("scores", "pull", "first", "second", "change", "best")}
         tensors["noise"] = noise.get_state()
         about = {"format": FORMAT, "identity": identity, "facts": json.dumps(facts)}
         path.parent.mkdir(parents=True, exist_ok=True)
