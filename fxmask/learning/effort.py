@@ -37,7 +37,7 @@ class Effort:
 
 EFFORTS = {
     "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3, lanes=60.0),
-    "quick": Effort(units=18.0, kinds=3, starts=0, levels=0, search=0.0, rounds=1, finalists=1),
+    "quick": Effort(units=18.0, kinds=3, starts=0, levels=0, search=0.0, rounds=1, finalists=1, lanes=6.0),
 }
 
 
