@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -237,3 +238,17 @@ def test_converged_noise_adds_up_to_the_recorded_one():
             torch.testing.assert_close(total, run.noises[i][0], rtol=1e-4, atol=1e-4)
     given = coarse_ddim(cell.model, run, grid, 1.0, [z[0] if z else torch.zeros(1) for z in run.noises])
     torch.testing.assert_close(given, run.final, rtol=1e-4, atol=1e-4)
+
+
+def test_tables_of_the_paper_that_were_not_made_stay(tmp_path):
+    import paper
+
+    row = {"method": "full", "macs": 1e9, "ratio": 1.0, "images": 16, "psnr": 40.0}
+    place = tmp_path / "made" / "table5" / "full" / "seed0" / "row.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(row))
+    notes = "Notes.\n\n## What they say\n\nMore.\n"
+    first = paper.page(tmp_path / "made", notes, "")
+    assert "| full | 1G | 1.00x | 40.0 |" in first
+    assert first.count("Not measured yet.") == len(paper.TABLES) - 1
+    assert paper.page(tmp_path / "nothing", notes, first) == first
