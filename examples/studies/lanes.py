@@ -95,10 +95,11 @@ def time_steps(family: str, backend: str, device: torch.device, repeats: int = 1
 
 
 TRIED = """
-Quick effort tries them for 6 units more; on the DiT at guidance 4, fresh images, that gave 1.1 dB at 2x (26.7 instead of 25.6;
-12 units gave no more) and nothing at 1.5x, where the plan was as good as the default effort's. In earlier trials with quick
-effort, judged on held-out images, lanes apart gained 0.9 dB at 1.5x and 0.5 to 0.6 dB at 2x, most of it from coefficients of each lane that read the other one's present value: the best rows were the same for
-both lanes, or nearly. Full steps at equal distances with one lane rarer were 7 to 15 dB behind rows dense early at 1.5x.
+Quick effort tries them for 6 units more; on the DiT at guidance 4, fresh images, that gave 1.1 dB at 2x (26.7 instead
+of 25.6; 12 units gave no more) and nothing at 1.5x, where the plan was as good as the default effort's. In earlier
+trials with quick effort, judged on held-out images, lanes apart gained 0.9 dB at 1.5x and 0.5 to 0.6 dB at 2x, most
+of it from coefficients of each lane that read the other one's present value: the best rows were the same for both
+lanes, or nearly. Full steps at equal distances with one lane rarer were 7 to 15 dB behind rows dense early at 1.5x.
 Rows that are chosen by the moments of the recorded calls need the weights of guidance as they are without clipping (-3 and 4
 here); with weights measured by larger steps they were up to 4 dB worse. Attention that one lane computes for both at half of
 the full steps, which pays for one full step more, was up to 5 dB worse at equal MACs on held-out images, never better (eight
