@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pipelines
 import pytest
 from pages import PAGES, README, ROOT, WITH_CODE, Block, blocks_of, name_of, names_of_pages, registries
 
@@ -90,7 +91,6 @@ def bind(function: Any, call: ast.Call, where: str) -> None:
 def test_the_pipeline_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same lines, with a tiny pipeline in place of the one on the hub, few steps, and no compiler."""
     diffusers = pytest.importorskip("diffusers")
-    pipelines = pytest.importorskip("pipelines")
     pipe, _ = pipelines.small_stable_diffusion()
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(pipe, "to", lambda device: pipe)
