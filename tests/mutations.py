@@ -27,6 +27,7 @@ PROPERTIES = "passes/test_properties.py"
 SPECIALISED = f"{PROPERTIES}::test_specialised_is_the_reference"
 RUNTIME = ("runtime/test_model.py", "runtime/test_peer_bugs.py")
 LANES = ("runtime/test_lanes_apart.py", SPECIALISED)
+PAPER = ("learning/test_paper.py",)
 GUARDS = ("guards/test_calls.py", "guards/test_state.py", "guards/test_value_branches.py")
 REGIONS = ("passes/test_split_regions.py", "passes/test_pipeline.py")
 
@@ -282,6 +283,27 @@ MUTATIONS = [
         "        of = source[2] if len(source) == 3 else lane\n",
         "        of = lane\n",
         LANES,
+    ),
+    Mutation(
+        "paper's learner: gradients go on from one window into the next",
+        "fxmask/learning/paper/passes.py",
+        "        self.caches = [cache.detach() for cache in self.caches]\n",
+        "",
+        PAPER,
+    ),
+    Mutation(
+        "paper's learner: the scale of a penalty is left out of what a window says",
+        "fxmask/learning/paper/passes.py",
+        "                gradient[i] += found.cpu() * weights[i]\n",
+        "                gradient[i] += found.cpu()\n",
+        PAPER,
+    ),
+    Mutation(
+        "paper's learner: the worst of the judged masks is taken",
+        "fxmask/learning/paper/state.py",
+        "        if error < self.lowest or not len(self.best):\n",
+        "        if error > self.lowest or not len(self.best):\n",
+        PAPER,
     ),
     Mutation(
         "lanes: a lane joins a run of another image",
