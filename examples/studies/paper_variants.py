@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,22 @@ from fxmask.tools.subjects import seeded
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KEPT, PAGE, PICTURE = (RESULTS / f"paper_variants.{kind}" for kind in ("json", "md", "png"))
 COMPONENTS = {"ddpm": "denoiser", "dit": "denoiser", "ldm": "unet", "pixart": "transformer"}
-LIVE = {"cost": "live", "measured": True}
-OURS: dict[str, Any] = {**LIVE, "window": 4, "start": "schedule", "judged": 10}  # PaperOptions.ours()
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "paper, branches": {"blocks": "branch"},
-    "paper, student's inputs": {"inputs": "student"},
-    "paper, Bernoulli": {"sampling": "bernoulli"},
-    "paper, Gumbel-Softmax": {"sampling": "gumbel"},
-    "paper, one recorded batch": {"fresh": False},
-    "live cost": {"cost": "live"},
-    "measured weights": {"measured": True},
-    "window": {"window": 4},
-    "live cost, measured weights": LIVE,
-    "live cost, measured weights, window": {**LIVE, "window": 4},
-    "live cost, measured weights, branches": {**LIVE, "blocks": "branch"},
-    "ours": OURS,
-    "ours, branches": {**OURS, "blocks": "branch"},
+LIVE: dict[str, Any] = {"cost": "live", "measured": True}
+VARIANTS = {
+    "paper": PaperOptions(),
+    "paper, branches": PaperOptions(blocks="branch"),
+    "paper, student's inputs": PaperOptions(inputs="student"),
+    "paper, Bernoulli": PaperOptions(sampling="bernoulli"),
+    "paper, Gumbel-Softmax": PaperOptions(sampling="gumbel"),
+    "paper, one recorded batch": PaperOptions(fresh=False),
+    "live cost": PaperOptions(cost="live"),
+    "measured weights": PaperOptions(measured=True),
+    "window": PaperOptions(window=4),
+    "live cost, measured weights": PaperOptions(**LIVE),
+    "live cost, measured weights, window": PaperOptions(**LIVE, window=4),
+    "live cost, measured weights, branches": PaperOptions(**LIVE, blocks="branch"),
+    "ours": PaperOptions.ours(),
+    "ours, branches": PaperOptions.ours(blocks="branch"),
 }
 Point = dict[str, Any]
 
@@ -110,7 +110,7 @@ class Bench:
     def learned(self, name: str, passes: int) -> Point:
         """One variant after so many passes."""
         began = time.process_time()
-        options = PaperOptions(epochs=passes, **VARIANTS[name])
+        options = replace(VARIANTS[name], epochs=passes)
         given = {"speedup": self.speedup, "learner": "paper", "options": options, "progress": False}
         mask = fxmask.learn(self.program, self.training, **given)
         return self.point(name, mask, passes, time.process_time() - began)

@@ -167,7 +167,7 @@ class _Projector:
     def error(self, rank: torch.Tensor, budget: float) -> float:
         """Minus PSNR of the mask at a budget, in dB, mean over the recorded images; infinite where there is none."""
         try:
-            mask = rectify(self._program, self.at(rank, budget)).mask
+            mask = self.at(rank, budget)
         except OutcomeError:
             return math.inf
         return sum(self._decibels(mask, run) for run in self._runs) / len(self._runs)

@@ -74,12 +74,10 @@ def run_pass(
             with torch.no_grad():
                 target = program.graph_module(*inputs)[0]
         window = windows[lane]
-        if (i - begins) % options.window == 0:
-            window.close(gradient, told)
         used = scores[i].to(target.device).detach().requires_grad_()
         loss, window.caches, student = soft_step(soft, inputs, used, window.caches, target, i == 0, options.window > 1)
         window.steps.append((i, used, loss))
-        if options.window == 1:
+        if (i + 1 - begins) % options.window == 0:
             window.close(gradient, told)
         total += float(loss.detach()) / len(lanes)
         change[i] += relative_change(before[lane], target) / len(lanes)

@@ -31,7 +31,6 @@ from fxmask.learning.instant.response import gains_of, response_of
 from fxmask.learning.paper.live_cost import LiveCost
 from fxmask.learning.paper.options import PaperOptions
 from fxmask.learning.paper.passes import Pass, run_pass
-from fxmask.learning.paper.start import scores_of
 from fxmask.learning.paper.state import State
 from fxmask.learning.ranks import Group
 from fxmask.passes.insert_soft_mask import SoftGraph, insert_soft_mask
@@ -143,10 +142,7 @@ class ScoreLearner:
         names = [block.name for block in self.blocks]
         told = f"({options.identity}, {budget!r}, {seed!r}, {self.group.size!r}, {names!r})"
         identity = identity_of(program, runs, (told,)) if checkpoint is not None and self.group.rank == 0 else ""
-        self.state = State.start(len(runs[0].timesteps), len(self.blocks), seed, options.strength)
-        if start is not None:
-            self.state.scores = scores_of(start, torch.Generator().manual_seed(seed))
-            self.state.scores[0] = 1.0
+        self.state = State.start(len(runs[0].timesteps), len(self.blocks), seed, options.strength, near=start)
         self._file = None if checkpoint is None else Path(checkpoint)
         self._identity = self.group.agree(identity)
         if self._file is not None:
@@ -207,8 +203,8 @@ class ScoreLearner:
         return seen.error
 
     def _judged(self, last: bool = False) -> None:
-        """Roll out the mask so far, at the start, every few passes and at the end."""
-        if self._judge is not None and (last or self.state.passes % self.options.judged == 0):
+        """Roll out the mask so far: at the start, every few passes, and at the end if that was not one of them."""
+        if self._judge is not None and last == bool(self.state.passes % self.options.judged):
             self.state.judge(self.group.agree(self._judge(self._scores(self.state.scores, self.state.pull).rank)))
 
     def _scores(self, values: torch.Tensor, pull: torch.Tensor) -> Scores:

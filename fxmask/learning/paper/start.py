@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 NEAR = 0.05  # of the budget: schedules that are further away are not compared
-UNSURE = 0.3  # how far from 0 or 1 scores may be that start from a schedule
 
 
 def fixed_schedules(
@@ -44,9 +43,3 @@ def evenly(steps: int, group: torch.Tensor, count: int) -> torch.Tensor:
     rows = (~group).repeat(steps, 1)
     rows[[k * steps // count for k in range(count)]] = True
     return rows
-
-
-def scores_of(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scores ``[T, B]`` on the sides of 0.5 that a mask has them, at random distances."""
-    distance = UNSURE * torch.rand(rows.shape, generator=generator)
-    return torch.where(rows, 1 - distance, distance)

@@ -18,6 +18,7 @@ from fxmask.files.foreign import foreign_errors_as
 from fxmask.files.replace import replace_file
 
 FORMAT = "fxmask paper checkpoint 1"
+UNSURE = 0.3  # how far from 0 or 1 scores may be that start near a mask
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -55,9 +56,11 @@ class State:
     _mask: torch.Tensor | None = None
 
     @classmethod
-    def start(cls, steps: int, blocks: int, seed: int, strength: float | None) -> State:
-        """Random samples in [0, 1] (the paper's Table 4)."""
+    def start(cls, steps: int, blocks: int, seed: int, strength: float | None, near: torch.Tensor | None = None) -> State:
+        """Random samples in [0, 1] (the paper's Table 4), or on the sides of 0.5 that the mask ``near`` ``[T, B]`` says."""
         scores = torch.rand(steps, blocks, generator=torch.Generator().manual_seed(seed))
+        if near is not None:
+            scores = torch.where(near, 1 - UNSURE * scores, UNSURE * scores)
         scores[0] = 1.0
         pull, first, second = (torch.zeros(steps, blocks) for _ in range(3))
         return cls(scores, pull, first, second, torch.zeros(steps, dtype=torch.float64), strength=strength)

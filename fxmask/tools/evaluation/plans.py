@@ -16,6 +16,7 @@ from fxmask.ir.macs import count_attention_macs
 from fxmask.ir.mask import Mask
 from fxmask.ir.plan import Plan
 from fxmask.ir.program import Program
+from fxmask.learning.paper import start
 from fxmask.learning.paper.options import PaperOptions
 from fxmask.metrics import psnr
 from fxmask.passes.observer import switched_off
@@ -102,11 +103,9 @@ def _learned(
 def evenly(program: Program, timesteps: Sequence[float], names: tuple[str, ...], speedup: float) -> Mask:
     """All of these blocks at as many evenly spaced steps as come nearest to a ratio of MACs."""
     steps = len(timesteps)
-    masks = []
-    for count in range(1, steps + 1):
-        rows = torch.zeros(steps, len(names), dtype=torch.bool)
-        rows[[k * steps // count for k in range(count)]] = True
-        masks.append(Mask(rows, tuple(timesteps), names, fingerprint=program.fingerprint))
+    group = torch.ones(len(names), dtype=torch.bool)
+    rows = [start.evenly(steps, group, count) for count in range(1, steps + 1)]
+    masks = [Mask(computed, tuple(timesteps), names, fingerprint=program.fingerprint) for computed in rows]
     low, high = 0, steps - 1
     while low < high:  # the ratio falls with the count
         middle = (low + high) // 2
