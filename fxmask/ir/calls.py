@@ -29,6 +29,7 @@ SAMPLE_NAMES = ("sample", "hidden_states", "x", "latents", "noisy_latents", "x_t
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level", "ts")
 CONDITIONING_WORDS = ("hidden_states", "embed", "emb", "mask", "text", "context", "cond", "label", "class", "prompt", "image")
 RETURN_DICT = "return_dict"
+VIDEO_DIMS, SEQUENCE_DIMS = 5, 3
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -137,11 +138,19 @@ class BoundCall:
         return dict(arguments)
 
 
-def parts_of_batch(arguments: Any, rows: int, count: int) -> list[Any]:
-    """Arguments, nested, for each of ``count`` equal parts of a batch: every tensor with ``rows`` rows is taken apart."""
+def parts_of_batch(arguments: Any, sample: torch.Tensor, count: int) -> list[Any]:
+    """Arguments, nested, for each of ``count`` equal parts of a batch: every tensor with a row per sample is taken apart.
+
+    Beside a video ``[B, C, F, H, W]`` or ``[B, F, C, H, W]`` also what has a row for every frame of each, as AnimateDiff's text.
+    """
+    rows = len(sample)
+    per_frame = {rows * size for size in sample.shape[1:3]} if sample.dim() == VIDEO_DIMS else set()
+
+    def is_of_batch(x: torch.Tensor) -> bool:
+        return x.dim() > 0 and (x.shape[0] == rows or (x.dim() >= SEQUENCE_DIMS and x.shape[0] in per_frame))
 
     def part(x: Any, k: int) -> Any:
-        return x.chunk(count)[k] if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == rows else x
+        return x.chunk(count)[k] if isinstance(x, torch.Tensor) and is_of_batch(x) else x
 
     return [pytree.tree_map(lambda x, k=k: part(x, k), arguments) for k in range(count)]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fxmask.ir.calls import repeats
 from fxmask.ir.forecast import INPUT, Cache, Slot, slot_of
 from fxmask.learning.fit import damped_step
 from fxmask.learning.pieces import Place, drawn_for
@@ -36,18 +37,41 @@ Coordinate = tuple[int, str, int]  # (step, block, term)
 def acts_by_element(trajectory: Sampler) -> bool:
     """Whether samples and outputs have one shape, so that every element of an output may move its own of the next sample.
 
-    Not in half precision, in which small differences are lost.
+    A batch of guidance holds that shape more than once: its parts have one sample, and each part of an output moves that. Not in
+    half precision, in which small differences are lost.
     """
-    shape = trajectory.final.shape
-    samples = [call[trajectory.sample] for step in trajectory.calls for call in step]
-    outputs = [output for step in trajectory.outputs for output in step]
-    return all(x.shape == shape and x.dtype in (torch.float32, torch.float64) for x in (*samples, *outputs))
+    rows, *shape = trajectory.final.shape
+
+    def is_alike(x: torch.Tensor) -> bool:
+        return [*x.shape[1:]] == shape and len(x) % rows == 0 and x.dtype in (torch.float32, torch.float64)
+
+    return all(
+        is_alike(sample) and is_alike(output) and len(sample) == len(output) and repeats(sample, len(sample) // rows)
+        for step, outputs in zip(trajectory.calls, trajectory.outputs, strict=True)
+        for sample, output in zip((call[trajectory.sample] for call in step), outputs, strict=True)
+    )
 
 
 def _gains(trajectory: Sampler, outputs: Sequence[torch.Tensor], samples: Sequence[torch.Tensor], p: int) -> list[torch.Tensor]:
-    """Derivatives of every sample after call ``p``, the final one last, by its output, element by element."""
-    nudged = _samples(trajectory, [*outputs[:p], outputs[p] + NUDGE, *outputs[p + 1 :]])
-    return [(moved - still) / NUDGE for moved, still in zip(nudged[p + 1 :], samples[p + 1 :], strict=True)]
+    """Derivatives of every sample after call ``p``, the final one last, by its output, element by element.
+
+    Each is ``[L * N, ...]`` as the output is: of the L parts of a batch, every one moves the N samples.
+    """
+    rows = len(trajectory.final)
+    moved = []
+    for first in range(0, len(outputs[p]), rows):
+        nudge = torch.zeros_like(outputs[p])
+        nudge[first : first + rows] = NUDGE
+        moved.append(_samples(trajectory, [*outputs[:p], outputs[p] + nudge, *outputs[p + 1 :]])[p + 1 :])
+    return [
+        torch.cat([(part[:rows] - still[:rows]) / NUDGE for part in parts])
+        for *parts, still in zip(*moved, samples[p + 1 :], strict=True)
+    ]
+
+
+def _of_parts(adjoint: torch.Tensor, rows: int, parts: int) -> torch.Tensor:
+    """The adjoint of the N samples whose batch has this one, once for each of so many parts that move them."""
+    return torch.cat([adjoint.unflatten(0, (-1, rows)).sum(dim=0)] * parts)
 
 
 @torch.no_grad()
@@ -151,8 +175,8 @@ def derivatives(
         Per trajectory float64 ``[M, B, len(terms)]``.
     """
     for _ in range(1 + 2 * len(directions[0])):  # a backward pass takes twice as long as a forward one
-        for step, _lane in student.order:
-            student.count(schedule.loads[step])
+        for p in range(len(student.order)):
+            student.count(schedule.loads[student.row_of(schedule, p)])
     columns = {term: k for k, term in enumerate(terms)}
     return [_Backward(student, schedule, base, n, columns, us).run() for n, us in enumerate(directions)]
 
@@ -180,7 +204,7 @@ class _Backward:
         self.samples = _samples(self.trajectory, self.outputs)
         self.columns = columns
         self.directions = directions
-        self.position = {call: p for p, call in enumerate(student.order)}
+        self.position = {(student.row_of(schedule, p), lane): p for p, (_, lane) in enumerate(student.order)}
         self.found = torch.zeros(len(directions), self.trajectory.batch_size, len(columns), dtype=torch.float64)
         # adjoints that later steps have asked for: of the sample of each call, and of cached values by lane and slot
         self.of_samples: list[list[Any]] = [[0] * len(student.order) for _ in directions]
@@ -191,16 +215,16 @@ class _Backward:
         kept = self.student.states_kept(self.schedule, self.number, len(self.directions))
         nothing: Mapping[int, Cache] = {}
         for p, caches in backwards(nothing, len(self.student.order), kept, self._advance):
-            step, lane = self.student.order[p]
+            row, lane = self._place(p)
             program = self.programs[lane]
             place = program.inputs.index(program.signature.sample)
             tensors = tensors_of(program, self._call(p))
             tensors[place] = tensors[place].detach().requires_grad_()
-            self.cache = dict(caches.get(lane, {}))
-            self.cache[Slot(INPUT, 0, step)] = self.samples[p]
+            self.cache = dict(caches.get(self.student.cache_of(self.schedule, lane), {}))
+            self.cache[Slot(INPUT, 0, row)] = self.samples[p]
             del caches
-            graph = self.student.cut(program, self.schedule, step)
-            formed = [formed_value(b, i, self.used[step, b], self.cache).detach().requires_grad_() for b, i in graph.load]
+            graph = self.student.cut(program, self.schedule, row)
+            formed = [formed_value(b, i, self.used[row, b], self.cache).detach().requires_grad_() for b, i in graph.load]
             with torch.enable_grad():
                 produced = graph(tensors, formed)
             stores = dict(zip(graph.store, produced[graph.num_outputs :], strict=True))
@@ -227,6 +251,10 @@ class _Backward:
         step, lane = self.student.order[p]
         return {**self.trajectory.calls[step][lane], self.trajectory.sample: self.samples[p]}
 
+    def _place(self, p: int) -> tuple[int, int]:
+        """Row of the schedule and lane of call ``p``."""
+        return self.student.row_of(self.schedule, p), self.student.order[p][1]
+
     def _advance(self, caches: Mapping[int, Cache], p: int) -> Mapping[int, Cache]:
         """What may be read after call ``p``, by lane."""
         after: dict[int, Cache] = {lane: dict(cache) for lane, cache in caches.items()}
@@ -242,13 +270,18 @@ class _Backward:
         gains: Sequence[torch.Tensor],
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What call ``p`` computed that later ones and the sampler read, and their adjoints."""
-        step, lane = self.student.order[p]
+        row, lane = self._place(p)
+        shared = self.student.cache_of(self.schedule, lane)
         later = [*self.of_samples[m][p + 1 :], self.directions[m]]
-        own = sum((gain * adjoint for gain, adjoint in zip(gains, later, strict=True)), torch.zeros_like(output))
+        rows = len(self.trajectory.final)
+        own = torch.zeros_like(output)
+        for gain, adjoint in zip(gains, later, strict=True):
+            if isinstance(adjoint, torch.Tensor):
+                own = own + gain * _of_parts(adjoint, rows, len(output) // rows)
         wanted = []
         for (block, i), value in stores.items():
-            asked = self.of_values[m].pop((lane, Slot(block, i, step)), None)
-            if self.student.blends(self.schedule, step) and block == self.student.output:
+            asked = self.of_values[m].pop((shared, Slot(block, i, row)), None)
+            if self.student.blends(self.schedule, row) and block == self.student.output:
                 own = self._read(m, p, block, i, own if asked is None else own + asked, output.detach())
             elif asked is not None:
                 wanted.append((value, asked))
@@ -262,13 +295,14 @@ class _Backward:
         Returns:
             The adjoint of ``computed``, the value of the present step that is blended with others.
         """
-        step, lane = self.student.order[p]
+        row, lane = self._place(p)
+        shared = self.student.cache_of(self.schedule, lane)
         present = torch.zeros_like(adjoint)
-        for k, (source, c) in enumerate(self.used[step, block]):
+        for k, (source, c) in enumerate(self.used[row, block]):
             slot = slot_of(source, block, i)
-            own = computed if source == step else None
+            own = computed if source == row else None
             value = self.cache[slot] if own is None else own
-            column = self.columns.get((step, block, k))
+            column = self.columns.get((row, block, k))
             if column is not None:
                 self.found[m, :, column] += per_image(adjoint.double() * value.double(), self.trajectory.batch_size).cpu()
             if own is not None:
@@ -278,5 +312,5 @@ class _Backward:
                 self.of_samples[m][at] = self.of_samples[m][at] + c * adjoint
             else:
                 asked = self.of_values[m]
-                asked[lane, slot] = asked.get((lane, slot), 0) + c * adjoint
+                asked[shared, slot] = asked.get((shared, slot), 0) + c * adjoint
         return present

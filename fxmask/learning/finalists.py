@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fxmask.errors import InputError
 from fxmask.learning.candidate import Candidate
 from fxmask.learning.constraints import keeps_limits
 from fxmask.learning.effort import Limits
@@ -12,7 +14,8 @@ from fxmask.learning.measured import Measured
 from fxmask.learning.schedule import Coefficients, Terms
 from fxmask.learning.student import Student
 
-ROUNDS = 5  # of refinement at most for the best plan with a stochastic sampler
+logger = logging.getLogger(__name__)
+ROUNDS = 5  # of refinement at most for the best plan with a stochastic sampler, and by adjoints
 ENOUGH = 0.03  # dB: a round that gains less is the last one
 
 
@@ -36,10 +39,10 @@ def refine_finalists(
     stochastic: bool,
     crossed: bool = False,
 ) -> list[Candidate]:
-    """The finalists, and those of few coefficients with these refined, while units are left.
+    """The finalists, and what refinement makes of them while units are left: those of many coefficients need adjoints.
 
-    With a stochastic sampler, where fits along the way say less about the final samples, each is refined by one round
-    and the best of them by more, as long as the held-out noise is better for it.
+    Where adjoints refine, and with a stochastic sampler, where fits along the way say less about the final samples, each gets
+    one round and the best of them more, as long as noise that it was not fitted on is better for it too.
 
     Args:
         measured: measures.
@@ -57,16 +60,36 @@ def refine_finalists(
             better = measured.refine(freed, 1 if stochastic else rounds, ends, again=stochastic, crossed=crossed)
             if better and (not better.schedule.blend or measured.judged(better)[0] < measured.judged(candidate)[0]):
                 refined.append(better)
+        elif not crossed:
+            refined += _by_adjoints(measured, candidate, ends)
     best = min(refined, key=lambda c: c.score, default=None)
-    for _ in range(ROUNDS if stochastic and rounds > 1 else 0):
-        better = best and measured.refine(best, 1, ends, again=True)
-        if not best or not better or better.score > best.score - ENOUGH:
+    for _ in range(ROUNDS if rounds > 1 and best and (stochastic or not best.is_refinable) else 0):
+        if best.is_refinable:
+            better = measured.refine(best, 1, ends, again=True)
+        else:
+            better = next(iter(_by_adjoints(measured, best, ends)), None)
+        if not better or better.score > best.score - ENOUGH:
             break
         if better.schedule.blend and measured.judged(better)[0] > measured.judged(best)[0]:
             break
         best = better
         refined.append(better)
     return found + refined
+
+
+def _by_adjoints(measured: Measured, candidate: Candidate, ends: float) -> list[Candidate]:
+    """A candidate of many coefficients after one round, if learned and held-out images together are better for it."""
+    if not measured.has_adjoints:
+        return []
+    try:
+        better = measured.refine(candidate, 1, ends, again=True)
+    except InputError as error:  # no room to pass anything backwards; these coefficients need not be refined
+        logger.info("coefficients of %s stay as they are: %s", candidate.schedule.description, error)
+        return []
+    if better is None:
+        return []
+    before, after = (measured.of_all(c.score, measured.judged(c)[0]) for c in (candidate, better))
+    return [better] if after < before else []
 
 
 def free_coefficients(student: Student, candidate: Candidate, limits: Limits) -> Candidate:

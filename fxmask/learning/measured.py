@@ -121,8 +121,12 @@ class Measured:
 
     @functools.cached_property
     def has_adjoints(self) -> bool:
-        """Whether all coefficients can be refined at once."""
-        return all(acts_by_element(t) for t in self.student.trajectories) and self.differentiable
+        """Whether all coefficients can be refined at once.
+
+        A deterministic sampler has them only where there is work for them.
+        """
+        wanted = self.student.stochastic or bool(self._starts)
+        return wanted and all(acts_by_element(t) for t in self.student.trajectories) and self.differentiable
 
     def refine(self, candidate: Candidate, rounds: int, ends: float, *, again: bool, crossed: bool = False) -> Candidate | None:
         """The candidate with its coefficients refined, by fewer rounds or not at all where units would pass ``ends``.
@@ -135,7 +139,7 @@ class Measured:
             crossed: whether units must be left for the same on the held-out images, see ``crossed``.
         """
         schedule, coefficients = candidate.schedule, candidate.coefficients
-        together = bool(schedule.blend) and self.has_adjoints  # all coefficients, by their adjoints
+        together = self.has_adjoints and (bool(schedule.blend) or not candidate.is_refinable)  # all of them, by adjoints
         cost = refinement_cost(self.student, schedule) if together else rounds_cost(self.student, schedule, coefficients)
         cost *= 1 + crossed * self.judge.images / self.student.images
         rounds = min(rounds, int((ends - self.units) / cost)) if cost else 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ FEWEST = 2  # calls of a lane that are computed, the first ones
 STARTS = 6  # schedules that the moments improve
 GAIN = 0.02  # dB: local search goes on from a neighbour that is better by this much
 FAILURES = 60
+BEHIND = 0.25  # dB: by so much at most the best rollout may be behind the best without lanes, or the rest is not tried
 
 
 def views_of(trajectories: Sequence[Sampler], program: Program) -> list[Sampler] | None:
@@ -81,22 +83,26 @@ class OwnRows:
         """Whether there is a whole output to forecast."""
         return len(self._output) == 1
 
-    def best(self, budget: float, alike: Sequence[Schedule], effort: Effort, units: float) -> ParetoPoint | None:
-        """The best plan for a fraction of the full run's MACs; ``None`` if there is none.
+    def best(self, budget: float, alike: Sequence[Candidate], effort: Effort, units: float) -> ParetoPoint | None:
+        """The best plan for a fraction of the full run's MACs; ``None`` if there is none, or none that is worth refining.
 
         Args:
             budget: the fraction.
-            alike: schedules without lanes to start from.
+            alike: plans without lanes to start from, on the same images.
             effort: how much of it is refined.
             units: of work at most, in full sampling runs.
         """
         measured, started = self.measured, self.measured.units
         pool: list[Candidate] = []
-        for schedule in self._screened(budget, alike):
+        for schedule in self._screened(budget, [c.schedule for c in alike]):
             if pool and measured.units - started > units / 2:
                 break
             self._add(pool, schedule, budget)
         if not pool:
+            return None
+        behind = min(c.score for c in pool) - min((c.score for c in alike if not c.rounds), default=math.inf)
+        if behind > BEHIND:  # refinement and local search have brought both about as far
+            logger.debug("lanes apart are %.2f dB behind: no more of them is tried", behind)
             return None
         self._search(pool, budget, started + units / 2)
         logger.debug("lanes apart: %s", [(round(c.score, 2), c.schedule.description) for c in pool])
@@ -243,6 +249,7 @@ def own_rows(
     seed: int,
     deployed: Program | None = None,
     room: Room | None = None,
+    starts: int = 0,
 ) -> OwnRows | None:
     """What searches plans with rows for each lane; ``None`` if there is one lane, or a part cannot be captured alike.
 
@@ -256,6 +263,7 @@ def own_rows(
         seed: of local search.
         deployed: the program that will run, if that is another one.
         room: how many bytes its values may take; without bound, if not given.
+        starts: if not 0, coefficients may be refined by adjoints.
     """
     views = [views_of(runs, program) for runs in (learned, held_out)]
     if views[0] is None or views[1] is None:
@@ -265,6 +273,6 @@ def own_rows(
     except (InputError, CaptureError) as error:
         logger.info("lanes have no rows of their own: %s", error)
         return None
-    measured = Measured(student, judge, journal, progress, starts=0, seed=seed)
+    measured = Measured(student, judge, journal, progress, starts=starts, seed=seed)
     found = OwnRows(measured, limits, seed)
     return found if found.can_form else None

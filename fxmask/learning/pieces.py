@@ -100,7 +100,7 @@ def _computes_alone(part: Sampler, forms: Forms, number: int) -> bool:
 
 def kept_for_all_steps(run: Sampler) -> int:
     """Bytes that a backward pass through a run keeps for all steps: predictions, samples, and derivatives by them."""
-    return 3 * len(run.order) * tensor_bytes(run.final)
+    return 3 * len(run.order) * tensor_bytes(run.outputs[0][0])
 
 
 def least_bytes(program: Program, *, gradients: bool, adjoints: bool) -> int:

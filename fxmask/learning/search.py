@@ -146,7 +146,8 @@ class Search:
         # Of few images every one judges what it had no part in, which is not done for lanes; with noise injected, forecasts of
         # outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
         if lanes == "own" and effort.lanes and not self.few and not self.stochastic and cost == "macs" and group.size == 1:
-            self.apart = own_rows(program, learned, held_whole, journal, self.progress, limits, seed, deployed, room)
+            given = limits, seed, deployed, room, effort.starts
+            self.apart = own_rows(program, learned, held_whole, journal, self.progress, *given)
         if cost == "latency":
             seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
             student.price_by(per_step(student.deployed, seconds))
@@ -213,7 +214,7 @@ class Search:
         begun = searched.units
         with self.progress.bar(f"lanes apart, {1 / budget:.3g}x", units, lambda: searched.units - begun):
             try:
-                return self.apart.best(budget, [c.schedule for c in finalists], self.effort, units)
+                return self.apart.best(budget, finalists, self.effort, units)
             except KeyboardInterrupt:
                 logger.warning("learning was interrupted; plans whose lanes differ are left out")
                 return None

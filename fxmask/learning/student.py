@@ -167,6 +167,14 @@ class Student:
         """The step of a row."""
         return row // schedule.lanes
 
+    def row_of(self, schedule: Schedule, position: int) -> int:
+        """The row that says what a call forms, by its position among all: of its step, or its own."""
+        return position if schedule.lanes > 1 else self.order[position][0]
+
+    def cache_of(self, schedule: Schedule, lane: int) -> int:
+        """Key of the cache that a lane's calls read: each lane has its own, but those with rows of their own share one."""
+        return 0 if schedule.lanes > 1 else lane
+
     @functools.cached_property
     def lane_names(self) -> tuple[str, ...]:
         """What the lanes are called: by the pipeline, or else by their turn."""
@@ -319,10 +327,10 @@ class Student:
                     yield step
                 known = given is not None and step < first
                 if not known or not counted:
-                    row = position if schedule.lanes > 1 else step
+                    row = self.row_of(schedule, position)
                     if counted and 0 in numbers:
                         self.count(schedule.loads[row])
-                    own = [lanes.setdefault(0 if schedule.lanes > 1 else lane, {}) for lanes in caches]
+                    own = [lanes.setdefault(self.cache_of(schedule, lane), {}) for lanes in caches]
                     results = self._step(schedule, row, lane, numbers, calls, own, used)
                     if schedule.lanes > 1:
                         self._drop_read(schedule, row, own)
@@ -371,9 +379,13 @@ class Student:
         used: dict[tuple[int, str], Terms],
     ) -> None:
         """Compute the values of one call of a trajectory again, into its caches."""
-        step, lane = self.order[position]
-        self._step(schedule, step, lane, [number], [call], [caches.setdefault(lane, {})], used)
-        self._drop(schedule, [caches])
+        lane, row = self.order[position][1], self.row_of(schedule, position)
+        own = caches.setdefault(self.cache_of(schedule, lane), {})
+        self._step(schedule, row, lane, [number], [call], [own], used)
+        if schedule.lanes > 1:
+            self._drop_read(schedule, row, [own])
+        else:
+            self._drop(schedule, [caches])
 
     # Bytes
 

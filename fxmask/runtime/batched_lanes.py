@@ -45,7 +45,7 @@ def program_of_a_lane(program: Program, plan: Plan) -> tuple[Program, Plan]:
     example = program.example
     if not mask.batched or example.is_list or not repeats(program.moving_part(example.sample), len(mask.lanes)):
         return program, plan  # it is a part's already
-    part = parts_of_batch(example.arguments, example.batch_size, len(mask.lanes))[0]
+    part = parts_of_batch(example.arguments, example.sample, len(mask.lanes))[0]
     small = recapture(program, program.signature.bind((), part), mask.blocks)
     return small, rectify(small, replace(mask, fingerprint=small.fingerprint), start=plan.start)
 

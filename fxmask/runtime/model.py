@@ -350,7 +350,7 @@ class AcceleratedModel(torch.nn.Module):
         """A call that holds all lanes of a mask, part by part."""
         shared = Whole(whole)
         outputs = []
-        parts = parts_of_batch((tuple(args), dict(kwargs)), whole.batch_size, len(mask.lanes))
+        parts = parts_of_batch((tuple(args), dict(kwargs)), whole.sample, len(mask.lanes))
         for name, (some, named) in zip(mask.lanes, parts, strict=True):
             with self._fxmask.lanes.called(name, shared):
                 outputs.append(self.forward(*some, **named))

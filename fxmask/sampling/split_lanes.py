@@ -65,7 +65,7 @@ class SplitLanes:
 
     def parts(self, call: Call) -> list[dict[str, Any]]:
         """The call of each lane."""
-        return parts_of_batch(dict(call), len(call[self.run.sample]), self.count)
+        return parts_of_batch(dict(call), call[self.run.sample], self.count)
 
     def loop(self) -> Loop:
         """The sampler as a generator: yields the calls of each lane, in order, and is sent the prediction of each."""

@@ -14,6 +14,7 @@ import fxmask
 from fxmask.learning.adjoint import acts_by_element, derivatives, free_terms, refine_all
 from fxmask.learning.schedule import Schedule, moved_by
 from fxmask.learning.student import Student
+from fxmask.sampling.split_lanes import split_lanes
 
 STEP = 2e-3
 
@@ -88,6 +89,65 @@ def test_derivatives_through_a_pipeline_with_two_calls_per_step():
     branches = {b.name for b in student.program.branches}
     loads = [branches if i % 2 else set() for i in range(student.num_steps)]
     compare(student, *freed(student, loads), every=7, tolerance=0.02)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_derivatives_where_lanes_have_rows_of_their_own(batched):
+    """Forecasts that read the other lane, of the same step and of earlier ones, and the samples; branches too."""
+    if batched:
+        program, run = guided()
+        runs = [split_lanes(run, program.model)]
+    else:
+        pipe, _, run = record_pipeline("wan")
+        program, runs = fxmask.capture(pipe.transformer, run.calls[0][0]), [run]
+    student = Student(program, runs)
+    output, branches = student.output, frozenset(b.name for b in student.program.branches)
+    rows = [frozenset()] * 4 + [frozenset({output}) if k in (5, 6, 7) else branches for k in range(4, 2 * student.num_steps)]
+    schedule = Schedule(tuple(rows), 3, 2, lanes=2)
+    generator = torch.Generator().manual_seed(0)
+    coefficients = {}
+    for row, loads in enumerate(rows):
+        for name in sorted(loads):
+            sources = student.sources(schedule, row, name)
+            moves = (0.2 * torch.randn(len(sources), generator=generator)).tolist()
+            coefficients[row, name] = tuple((s, float(k == 0) + moves[k]) for k, s in enumerate(sources))
+    assert any(isinstance(s, int) and s % 2 != row % 2 for (row, _), terms in coefficients.items() for s, _ in terms)
+    compare(student, schedule, coefficients, every=5, tolerance=0.02)
+
+
+def test_derivatives_through_a_batch_that_holds_the_lanes():
+    """Each part of a prediction moves the sample that all parts have; forecasts of samples and blends too."""
+    program, run = guided({"eta": 1.0})
+    assert len(run.calls[0][0][run.sample]) == 2 * len(run.final)
+    assert acts_by_element(run)
+    assert not acts_by_element(replace(run, calls=tuple((shifted(step[0], run.sample),) for step in run.calls)))
+    student = Student(program, [run])
+    branches = {b.name for b in student.program.branches}
+    loads = [{student.output} if i == 2 else branches if i % 2 else set() for i in range(student.num_steps)]
+    compare(student, *freed(student, loads), every=3, tolerance=0.02)
+
+
+def shifted(call, name):
+    """The call with parts that have different samples."""
+    sample = call[name].clone()
+    sample[0] += 1
+    return {**call, name: sample}
+
+
+def guided(options=None):
+    """A denoiser called with both lanes in one batch, without clipping."""
+    model = tiny_dit()
+    run = fxmask.record(
+        model,
+        ddim(clip_sample=False),
+        num_inference_steps=6,
+        batch_size=2,
+        example_inputs=labels,
+        guidance_scale=3.0,
+        step_kwargs=options,
+        unconditional=lambda n, _: {"class_labels": torch.zeros(n, dtype=torch.long)},
+    )
+    return fxmask.capture(model, run.calls[0][0]), run
 
 
 def test_clipping_stops_derivatives():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from pipelines import record
 
 import fxmask
+from fxmask.learning.candidate import Candidate
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.journal import Journal
 from fxmask.learning.lane_moments import LaneMoments, indices
@@ -119,12 +121,23 @@ def test_both_lanes_of_guidance_weigh_what_guidance_makes_of_them(apart: OwnRows
 
 def test_a_plan_for_a_budget(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
     program, _ = guided
-    alike = Schedule(tuple(frozenset() if k % 2 == 0 else apart._output for k in range(apart.student.num_steps)), 3, 0)
+    schedule = Schedule(tuple(frozenset() if k % 2 == 0 else apart._output for k in range(apart.student.num_steps)), 3, 0)
     budget = {2: 0.625, 3: 0.67}[apart.lanes]  # five calls of eight, or eight of twelve
-    point = apart.best(budget, [alike], SMALL, 12.0)
+    point = apart.best(budget, [Candidate(schedule, {}, 100.0)], SMALL, 12.0)
     assert point is not None
     assert math.isfinite(point.decibels)
     assert fxmask.rectify(program, point.mask).mac_ratio == pytest.approx(1 / budget, rel=0.03)
+
+
+def test_what_is_far_behind_is_not_refined(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
+    """Compared are plans that nothing was refined of; of a refined one that is far ahead nothing follows."""
+    schedule = Schedule(tuple(frozenset() if k % 2 == 0 else apart._output for k in range(apart.student.num_steps)), 3, 0)
+    budget = {2: 0.625, 3: 0.67}[apart.lanes]
+    ahead = Candidate(schedule, {}, -200.0)
+    before = apart.measured.units
+    assert apart.best(budget, [ahead, replace(ahead, score=100.0, rounds=1)], SMALL, 12.0) is None
+    assert apart.measured.units - before <= SMALL.lanes / 2 + 1
+    assert apart.best(budget, [replace(ahead, rounds=1), replace(ahead, score=100.0)], SMALL, 12.0) is not None
 
 
 def test_lanes_that_share_attention_pay_for_a_step_more() -> None:
