@@ -381,9 +381,10 @@ def learn(
         seed: of everything random. Same seed, same mask.
         progress: show a progress bar. Ctrl-C ends the learning and returns the best plan so far.
         lanes: ``"own"``: where guidance makes several calls per step, or calls that hold several lanes in one batch, the
-            plans in which these have rows of their own (``Mask.lanes``) are tried too, for 60 units more, with
-            ``effort="quick"`` for 6, and one that is better on held-out images is taken. That needs 16 images, a sampler that
-            injects no noise, and one rank. ``"alike"``: all lanes do the same.
+            plans in which these have rows of their own (``Mask.lanes``) are tried too, for at most 60 units more, with
+            ``effort="quick"`` for 6, and one that is better on held-out images is taken, of fewer than 16 images one that is
+            better by more than the standard error. That needs a sampler that injects no noise, and one rank. ``"alike"``:
+            all lanes do the same.
 
     Raises:
         InputError: an option is unknown or of another learner, or the recorded runs do not belong together.

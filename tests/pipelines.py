@@ -87,6 +87,24 @@ def small_stable_diffusion() -> tuple[Any, dict[str, Any]]:
     return pipe, call
 
 
+def animatediff() -> tuple[Any, dict[str, Any]]:
+    """Video whose text has a row for every frame; the sample has one for every video."""
+    from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+
+    pipe, _ = small_stable_diffusion()
+    torch.manual_seed(0)
+    adapter = MotionAdapter(
+        block_out_channels=tuple(pipe.unet.config.block_out_channels),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=2,
+        motion_num_attention_heads=2,
+    )
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    made = AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+    made.unet.eval()
+    return made, {"prompt": "a one", "guidance_scale": 2.5, "num_frames": 3, "output_type": "latent"}
+
+
 @pipeline
 def euler_ancestral() -> tuple[Any, dict[str, Any]]:
     from diffusers import EulerAncestralDiscreteScheduler

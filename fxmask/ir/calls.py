@@ -141,7 +141,7 @@ class BoundCall:
 def parts_of_batch(arguments: Any, sample: torch.Tensor, count: int) -> list[Any]:
     """Arguments, nested, for each of ``count`` equal parts of a batch: every tensor with a row per sample is taken apart.
 
-    Beside a video ``[B, C, F, H, W]`` or ``[B, F, C, H, W]`` also what has a row for every frame of each, as AnimateDiff's text.
+    Beside a video ``[B, C, F, H, W]`` or ``[B, F, C, H, W]`` what has a row for every frame of each too, as AnimateDiff's text.
     """
     rows = len(sample)
     per_frame = {rows * size for size in sample.shape[1:3]} if sample.dim() == VIDEO_DIMS else set()

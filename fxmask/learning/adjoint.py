@@ -37,8 +37,8 @@ Coordinate = tuple[int, str, int]  # (step, block, term)
 def acts_by_element(trajectory: Sampler) -> bool:
     """Whether samples and outputs have one shape, so that every element of an output may move its own of the next sample.
 
-    A batch of guidance holds that shape more than once: its parts have one sample, and each part of an output moves that. Not in
-    half precision, in which small differences are lost.
+    A batch of guidance holds that shape more than once: its parts have one sample, and each part of an output moves that.
+    Not in half precision, in which small differences are lost.
     """
     rows, *shape = trajectory.final.shape
 
@@ -71,7 +71,7 @@ def _gains(trajectory: Sampler, outputs: Sequence[torch.Tensor], samples: Sequen
 
 def _of_parts(adjoint: torch.Tensor, rows: int, parts: int) -> torch.Tensor:
     """The adjoint of the N samples whose batch has this one, once for each of so many parts that move them."""
-    return torch.cat([adjoint.unflatten(0, (-1, rows)).sum(dim=0)] * parts)
+    return torch.cat([adjoint.reshape(-1, rows, *adjoint.shape[1:]).sum(dim=0)] * parts)
 
 
 @torch.no_grad()

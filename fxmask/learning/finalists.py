@@ -62,9 +62,11 @@ def refine_finalists(
                 refined.append(better)
         elif not crossed:
             refined += _by_adjoints(measured, candidate, ends)
-    best = min(refined, key=lambda c: c.score, default=None)
-    for _ in range(ROUNDS if rounds > 1 and best and (stochastic or not best.is_refinable) else 0):
-        if best.is_refinable:
+    if not refined or rounds < 2:
+        return found + refined
+    best = min(refined, key=lambda c: c.score)
+    for _ in range(ROUNDS if stochastic or not best.is_refinable else 0):
+        if best.is_refinable or best.schedule.blend:
             better = measured.refine(best, 1, ends, again=True)
         else:
             better = next(iter(_by_adjoints(measured, best, ends)), None)

@@ -37,10 +37,19 @@ class Measured:
         progress: is told of every rollout.
         starts: first steps at which runs are measured.
         seed: of random directions.
+        adjoints: whether there is room for backward passes through whole runs.
     """
 
     def __init__(
-        self, student: Student, judge: Student, journal: Journal, progress: Progress, *, starts: int, seed: int
+        self,
+        student: Student,
+        judge: Student,
+        journal: Journal,
+        progress: Progress,
+        *,
+        starts: int,
+        seed: int,
+        adjoints: bool = True,
     ) -> None:
         self.student = student
         self.judge = judge
@@ -48,6 +57,7 @@ class Measured:
         self._journal = journal
         self._starts = starts
         self._seed = seed
+        self._adjoints = adjoints
         self.branches = [block.name for block in student.program.branches]
 
     @property
@@ -125,7 +135,7 @@ class Measured:
 
         A deterministic sampler has them only where there is work for them.
         """
-        wanted = self.student.stochastic or bool(self._starts)
+        wanted = self._adjoints and (self.student.stochastic or bool(self._starts))
         return wanted and all(acts_by_element(t) for t in self.student.trajectories) and self.differentiable
 
     def refine(self, candidate: Candidate, rounds: int, ends: float, *, again: bool, crossed: bool = False) -> Candidate | None:

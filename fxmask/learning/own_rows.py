@@ -25,7 +25,7 @@ from fxmask.errors import CaptureError, InputError
 from fxmask.ir.liveness import live_nodes
 from fxmask.ir.macs import count_attention_macs
 from fxmask.ir.program import Program
-from fxmask.learning.candidate import Candidate, ParetoPoint
+from fxmask.learning.candidate import Candidate
 from fxmask.learning.constraints import is_met, keeps_limits
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.finalists import refine_finalists
@@ -83,14 +83,17 @@ class OwnRows:
         """Whether there is a whole output to forecast."""
         return len(self._output) == 1
 
-    def best(self, budget: float, alike: Sequence[Candidate], effort: Effort, units: float) -> ParetoPoint | None:
-        """The best plan for a fraction of the full run's MACs; ``None`` if there is none, or none that is worth refining.
+    def best(
+        self, budget: float, alike: Sequence[Candidate], effort: Effort, units: float, crossed: bool = False
+    ) -> Candidate | None:
+        """The best one for a fraction of the full run's MACs; ``None`` if there is none, or none that is worth refining.
 
         Args:
             budget: the fraction.
             alike: plans without lanes to start from, on the same images.
             effort: how much of it is refined.
             units: of work at most, in full sampling runs.
+            crossed: whether it will be judged by cross-validation, which takes work too.
         """
         measured, started = self.measured, self.measured.units
         pool: list[Candidate] = []
@@ -108,11 +111,9 @@ class OwnRows:
         logger.debug("lanes apart: %s", [(round(c.score, 2), c.schedule.description) for c in pool])
         found = sorted(pool, key=lambda c: c.score)[: effort.finalists]
         refined = refine_finalists(
-            measured, found, self.limits, rounds=effort.rounds, ends=started + units, stochastic=False, crossed=False
+            measured, found, self.limits, rounds=effort.rounds, ends=started + units, stochastic=False, crossed=crossed
         )
-        points = [(c, measured.point(c, started)) for c in refined]
-        _, point = min(points, key=lambda pair: measured.of_all(pair[0].score, pair[1].decibels))
-        return point
+        return min(refined, key=lambda c: measured.of_all(c.score, measured.judged(c)[0]))
 
     def _screened(self, budget: float, alike: Sequence[Schedule]) -> list[Schedule]:
         """What to roll out: the schedules without lanes, and those that the moments of the recorded runs say are best."""

@@ -45,7 +45,7 @@ from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.outcome import TOLERANCE
 from fxmask.learning.own_rows import OwnRows, own_rows
-from fxmask.learning.pieces import split
+from fxmask.learning.pieces import Place, split
 from fxmask.learning.place import place, place_mixed
 from fxmask.learning.place_blocks import place_blocks
 from fxmask.learning.prices import measure_latency, per_step
@@ -53,7 +53,7 @@ from fxmask.learning.progress import Progress
 from fxmask.learning.ranks import Group
 from fxmask.learning.recorded_plans import Fits, RecordedPlans
 from fxmask.learning.room import Room
-from fxmask.learning.schedule import Origin, Schedule
+from fxmask.learning.schedule import Coefficients, Origin, Schedule
 from fxmask.learning.student import Student, output_blocks
 from fxmask.sampling.same_sampler import describe_difference
 from fxmask.sampling.sampler import Sampler
@@ -129,8 +129,7 @@ class Search:
         self.stochastic = any(t.stochastic for t in trajectories)
         room = room or Room()
         adjoints = self.stochastic and all(acts_by_element(t) for t in trajectories)
-        gradients = bool(effort.starts) or adjoints
-        training, places = split(training, forms, room, gradients=gradients, adjoints=adjoints)
+        training, places, adjoints = _split(training, forms, room, group, gradients=bool(effort.starts), adjoints=adjoints)
         held_out, held_places = split(held_out, forms, room, gradients=False, adjoints=False)
         student = Student(program, training, group, forms, room, deployed, places)
         judge = Student(program, held_out, judges, forms, room, deployed, held_places)
@@ -140,12 +139,12 @@ class Search:
         identity = identity_of(program, trajectories, (*options, backend)) if checkpoint is not None and group.rank == 0 else ""
         old_identity = group.agree(_identity_1(student, *options))
         journal = Journal(checkpoint, group.agree(identity), group, old_identity)
-        self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed)
+        backwards = adjoints or not self.stochastic
+        self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed, adjoints=backwards)
         self.student, self.judge = student, judge
         self.apart: OwnRows | None = None
-        # Of few images every one judges what it had no part in, which is not done for lanes; with noise injected, forecasts of
-        # outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
-        if lanes == "own" and effort.lanes and not self.few and not self.stochastic and cost == "macs" and group.size == 1:
+        # With noise injected, forecasts of outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
+        if lanes == "own" and effort.lanes and not self.stochastic and cost == "macs" and group.size == 1:
             given = limits, seed, deployed, room, effort.starts
             self.apart = own_rows(program, learned, held_whole, journal, self.progress, *given)
         if cost == "latency":
@@ -195,8 +194,8 @@ class Search:
             )
         best, chosen = self._best_of_few(finalists, started) if self.few else self._best_of_many(finalists, started)
         chosen = replace(chosen, fewer_steps=self._compare_with_fewer_steps(chosen, budget))
-        apart = self._best_of_lanes(budget, finalists)
-        if apart is not None and apart.decibels < chosen.decibels - LEAD:
+        apart = self._best_of_lanes(budget, finalists, best, chosen)
+        if apart is not None:
             return replace(apart, fewer_steps=chosen.fewer_steps, units=measured.units + apart.units - started)
         try:
             if self.effort.rounds >= 2 and not self.few:
@@ -206,15 +205,30 @@ class Search:
             logger.warning("learning was interrupted before its last step of refinement")
         return replace(chosen, units=measured.units - started)
 
-    def _best_of_lanes(self, budget: float, finalists: Sequence[Candidate]) -> ParetoPoint | None:
-        """The best plan whose lanes have rows of their own, starting from the finalists without; ``None`` if there is none."""
+    def _best_of_lanes(
+        self, budget: float, finalists: Sequence[Candidate], best: Candidate, chosen: ParetoPoint
+    ) -> ParetoPoint | None:
+        """The best plan whose lanes have rows of their own, starting from the finalists without.
+
+        ``None`` if there is none that is better than the best of these. Of few images, every one judges coefficients that it
+        had no part in, and rows of their own must be better by more than the standard error.
+        """
         if self.apart is None:
             return None
         units, searched = self.effort.lanes, self.apart.measured
         begun = searched.units
         with self.progress.bar(f"lanes apart, {1 / budget:.3g}x", units, lambda: searched.units - begun):
             try:
-                return self.apart.best(budget, finalists, self.effort, units)
+                candidate = self.apart.best(budget, finalists, self.effort, units, crossed=self.crossed)
+                if candidate is None:
+                    return None
+                if not self.crossed:
+                    point = searched.point(candidate, begun)
+                    return point if point.decibels < chosen.decibels - LEAD else None
+                images, other = searched.crossed(candidate)
+                if choose([self.measured.crossed(best)[0], images], [0, 1]) == 0:
+                    return None
+                return _of_both_folds(searched, candidate, images, other, begun)
             except KeyboardInterrupt:
                 logger.warning("learning was interrupted; plans whose lanes differ are left out")
                 return None
@@ -240,12 +254,8 @@ class Search:
             return best, measured.point(best, started)
         crossed = [measured.crossed(c) for c in finalists]
         number = choose([images for images, _ in crossed], fitted)
-        best, (images, other) = finalists[number], crossed[number]
-        decibels, error = fmean(images), math.sqrt(fmean(10 ** (x / 10) for x in images))
-        best = replace(best, coefficients=measured.of_both_folds(best, other, decibels))
-        mask = self.student.mask(best.schedule, best.coefficients)
-        ratio = 1 / self.student.spent(best.schedule)
-        return best, ParetoPoint(mask, ratio, error, decibels, best.schedule.description, measured.units - started)
+        best = finalists[number]
+        return best, _of_both_folds(measured, best, *crossed[number], started)
 
     def _finalists(self, pool: Pool) -> list[Candidate]:
         """The best candidates of all, those of less effort, and the two best instant plans: as chosen, and on rollouts."""
@@ -414,6 +424,25 @@ class Search:
         return found
 
 
+def _of_both_folds(
+    measured: Measured, candidate: Candidate, images: Sequence[float], other: Coefficients, started: float
+) -> ParetoPoint:
+    """A candidate as a plan with coefficients of all images, judged by those that each image had no part in.
+
+    Args:
+        measured: measures.
+        candidate: with coefficients of one fold.
+        images: errors in dB, see ``Measured.crossed``.
+        other: coefficients of the other fold.
+        started: units when its learning began.
+    """
+    decibels, error = fmean(images), math.sqrt(fmean(10 ** (x / 10) for x in images))
+    coefficients = measured.of_both_folds(candidate, other, decibels)
+    mask = measured.student.mask(candidate.schedule, coefficients)
+    ratio = 1 / measured.student.spent(candidate.schedule)
+    return ParetoPoint(mask, ratio, error, decibels, candidate.schedule.description, measured.units - started)
+
+
 def _check_together(trajectories: Sequence[Sampler]) -> None:
     """Refuse runs of different samplers.
 
@@ -456,6 +485,26 @@ def _shares(
     if not held:
         return list(trajectories), [t.renoised(program.model, 7919 * (seed + 1) + n) for n, t in enumerate(trajectories)]
     return list(trajectories[: count - held]), list(trajectories[count - held :])
+
+
+def _split(
+    runs: Sequence[Sampler], forms: Forms, room: Room, group: Group, *, gradients: bool, adjoints: bool
+) -> tuple[list[Sampler], list[Place], bool]:
+    """The runs in pieces that there is room for, and whether backward passes through whole runs have some too, on all ranks.
+
+    Raises:
+        InputError: there is no room for one sample without them.
+    """
+    if adjoints:
+        try:
+            pieces, places = split(runs, forms, room, gradients=True, adjoints=True)
+            lacking = ""
+        except InputError as error:
+            lacking = str(error)
+        if not group.sum([torch.tensor(float(bool(lacking)))]).item():
+            return pieces, places, True
+        logger.info("with this sampler coefficients are not refined by passes backwards through the run: %s", lacking)
+    return (*split(runs, forms, room, gradients=gradients, adjoints=False), False)
 
 
 def _identity_1(student: Student, seed: int, limits: Limits, effort: Effort, samples: int, cost: str) -> str:

@@ -11,7 +11,14 @@ from diffusers import DPMSolverMultistepScheduler
 from pipelines import record as record_pipeline
 
 import fxmask
+from fxmask.errors import InputError
 from fxmask.learning.adjoint import acts_by_element, derivatives, free_terms, refine_all
+from fxmask.learning.candidate import Candidate
+from fxmask.learning.effort import Limits
+from fxmask.learning.finalists import refine_finalists
+from fxmask.learning.journal import Journal
+from fxmask.learning.measured import Measured
+from fxmask.learning.progress import Progress
 from fxmask.learning.schedule import Schedule, moved_by
 from fxmask.learning.student import Student
 from fxmask.sampling.split_lanes import split_lanes
@@ -176,6 +183,50 @@ def test_refinement_is_never_worse_and_repeatable():
     assert score == pytest.approx(student.score(student.rollout(schedule, better)), abs=1e-6)
     assert refine_all(student, schedule, coefficients, 3) == (better, score)
     assert refine_all(student, schedule, coefficients, 4) != (better, score)
+
+
+def mixed():
+    """A batch of guidance, and a candidate that forms outputs at some steps and many branches at others."""
+    program, run = guided()
+    student = Student(program, [run])
+    branches = frozenset(b.name for b in program.branches)
+    formed = [frozenset(), frozenset(), frozenset({student.output}), branches, frozenset(), branches]
+    schedule = Schedule(tuple(formed), 3, 2)
+    rolled = student.rollout(schedule)
+    return program, run, Candidate(schedule, rolled.coefficients, student.score(rolled))
+
+
+def measured_of(program, run, starts):
+    judge = Student(program, [run.renoised(program.model, 7)])
+    return Measured(Student(program, [run]), judge, Journal(None, ""), Progress(False), starts=starts, seed=0)
+
+
+def test_many_coefficients_are_refined_by_adjoints(caplog, monkeypatch):
+    program, run, candidate = mixed()
+    assert not candidate.is_refinable
+    given = {"rounds": 2, "ends": 100.0, "stochastic": False}
+    measured = measured_of(program, run, 3)
+    first, *refined = refine_finalists(measured, [candidate], Limits(), **given)
+    assert first is candidate
+    assert len(refined) > 1, "the best goes on"
+    before, *after = (measured.of_all(c.score, measured.judged(c)[0]) for c in (candidate, *refined))
+    assert after == sorted(after, reverse=True)
+    assert after[-1] < before - 0.1
+    # not by cross-validation, which would have to do the same again, nor where efforts pass nothing backwards
+    assert refine_finalists(measured, [candidate], Limits(), **given, crossed=True) == [candidate]
+    assert refine_finalists(measured_of(program, run, 0), [candidate], Limits(), **given) == [candidate]
+
+    overfitted = measured_of(program, run, 3)
+    monkeypatch.setattr(overfitted, "judged", lambda candidate: (100.0 * candidate.rounds, 1.0))
+    assert refine_finalists(overfitted, [candidate], Limits(), **given) == [candidate]
+
+    def no_room(*_):
+        raise InputError("room=1 bytes are not enough")
+
+    monkeypatch.setattr(Student, "states_kept", no_room)
+    with caplog.at_level("INFO", logger="fxmask"):
+        assert refine_finalists(measured_of(program, run, 3), [candidate], Limits(), **given) == [candidate]
+    assert "stay as they are: room=1 bytes" in caplog.text
 
 
 def test_a_prediction_that_is_no_sample_is_not_differentiated():

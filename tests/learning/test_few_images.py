@@ -11,6 +11,7 @@ from conftest import ddim, labels, tiny_dit, tiny_unet
 from pipelines import digits, generator
 
 import fxmask
+from fxmask.learning import own_rows
 from fxmask.learning.effort import EFFORTS, Effort, Limits
 from fxmask.learning.instant.plans import InstantLearner, formed_share
 from fxmask.learning.outcome import Outcome
@@ -111,6 +112,39 @@ def test_few_images_are_halved_and_judge_by_turns(dit):
     values = [[c for _, c in terms[key]] for terms in (both, candidate.coefficients, other)]
     assert values[0] == pytest.approx([(a + b) / 2 for a, b in zip(*values[1:], strict=True)])
     assert search.measured.of_both_folds(candidate, other, -1000.0) == candidate.coefficients, "a mean that is bad is not taken"
+
+
+def test_lanes_with_rows_of_their_own_are_judged_by_turns_too(monkeypatch):
+    """They must be better by more than the standard error; coefficients are of both halves of the images."""
+    monkeypatch.setattr(own_rows, "BEHIND", 1000.0)
+    program, runs = recorded(
+        2, guidance_scale=3.0, unconditional=lambda n, _: {"class_labels": torch.zeros(n, dtype=torch.long)}
+    )
+    search = search_of(program, runs)
+    assert search.few
+    assert search.apart is not None
+    measured, real = search.apart.measured, search.apart.measured.crossed
+    found = {}
+    for lead in (-100.0, 0.1, 100.0):
+        images = {}
+
+        def crossed(candidate, lead=lead, images=images):
+            images["apart"], other = [x - lead for x in alike(search)], real(candidate)[1]
+            return images["apart"], other
+
+        monkeypatch.setattr(measured, "crossed", crossed)
+        found[lead] = search.best(0.6)
+        assert len(images["apart"]) == 4
+    assert [len(found[lead].mask.lanes) for lead in found] == [0, 0, 2]
+    assert fxmask.rectify(program, found[100.0].mask).mac_ratio == pytest.approx(1 / 0.6, rel=0.03)
+    assert found[100.0].decibels == pytest.approx(sum(alike(search)) / 4 - 100.0)
+
+
+def alike(search):
+    """Errors of the best plan without lanes, by image."""
+    pool = pool_of(search, 0.6)
+    chosen, _ = search._best_of_few(search._finalists(pool), 0.0)
+    return search.measured.crossed(chosen)[0]
 
 
 def test_one_run_and_many_images(dit):

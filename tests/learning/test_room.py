@@ -22,6 +22,7 @@ from fxmask.learning.adjoint import derivatives, free_terms, refine_all
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.forms import Forms
 from fxmask.learning.levels import levels_of
+from fxmask.learning.measured import Measured
 from fxmask.learning.pieces import Place, least_bytes, split
 from fxmask.learning.probes import measure_probes
 from fxmask.learning.refine import refine
@@ -195,6 +196,17 @@ def test_the_mask_is_the_same_within_a_bound_that_makes_pieces(caplog):
     assert bound.measured.units == pytest.approx(free.measured.units)
     assert torch.equal(point.mask.compute, expected.mask.compute)
     assert point.decibels == pytest.approx(expected.decibels, abs=0.05)
+
+
+def test_without_room_for_passes_backwards_nothing_is_refined_by_them(caplog):
+    """Rather than no plan at all: what refinement needs beyond a call is no reason to refuse."""
+    program, runs = setting(6)
+    size = least_bytes(program, gradients=True, adjoints=True)
+    with caplog.at_level(logging.INFO, "fxmask"):
+        mask = fxmask.learn(program, runs, speedup=1.5, effort="quick", max_learning_bytes=size // 3, progress=False)
+    assert "not refined by passes backwards through the run: learning needs about" in caplog.text
+    assert fxmask.rectify(program, mask).mac_ratio == pytest.approx(1.5, rel=0.03)
+    assert not Measured(*([Student(program, runs)] * 2), None, None, starts=3, seed=0, adjoints=False).has_adjoints
 
 
 def test_refinement_in_pieces_is_refinement():

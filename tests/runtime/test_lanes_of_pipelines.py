@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import PIPELINES, generator, small_stable_diffusion
+from pipelines import PIPELINES, animatediff, generator, small_stable_diffusion
 
 import fxmask
 from fxmask.sampling.split_lanes import split_lanes
@@ -74,6 +74,21 @@ def test_half_precision(build: Callable[[], Any]) -> None:
     assert all(run.followed for run in accelerated.report().runs)
     assert run.outputs[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(got, by_hand(apart(run)), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:UserWarning", "ignore::FutureWarning")
+def test_a_text_with_a_row_for_every_frame_comes_apart_with_its_video() -> None:
+    run = recorded(animatediff)
+    (call,) = run.calls[0]
+    assert (len(call["sample"]), len(call["encoder_hidden_states"])) == (2, 6)
+    view = apart(run)
+    assert view is not None
+    assert [len(c["encoder_hidden_states"]) for c in view.calls[0]] == [3, 3]
+    accelerated = half_as_often(run)
+    got = run.rollout(accelerated)
+    assert all(run.followed for run in accelerated.report().runs)
+    torch.testing.assert_close(got, by_hand(view), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, run.final, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
