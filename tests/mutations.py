@@ -378,7 +378,7 @@ MUTATIONS = [
     Mutation(
         "lanes: of few images, rows of their own are taken whenever they are tried",
         "fxmask/learning/search.py",
-        "                if choose([self.measured.crossed(best)[0], images], [0, 1]) == 0:\n",
+        "                if not is_ahead(images, self.measured.crossed(best)[0]):\n",
         "                if not images:\n",
         ("learning/test_few_images.py",),
     ),

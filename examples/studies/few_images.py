@@ -144,11 +144,11 @@ def table(rows: dict[str, Any]) -> str:
     lines = [
         "# Plans from few images",
         "",
-        "`studies/few_images.py`, on an H200, torch 2.11. Shipped pipelines (of the DiT the name says the guidance,",
+        "`studies/few_images.py`, on a CPU, torch 2.14. Shipped pipelines (of the DiT the name says the guidance,",
         f"the others are at 4), DDIM, {STEPS} steps. PSNR in dB on {FRESH} fresh images of other noise and prompts; units are",
         "full sampling runs of the images that are learned from. `fewer steps`: the scheduler's own grid at the same cost.",
         "Below 16 images, half of them are held out, and both halves judge by turns; of one image, a second run with other",
-        "noise is recorded.",
+        "noise is recorded. Plans marked *lanes* have rows of their own for the lanes of guidance.",
         "",
         "| pipeline | speed-up | images | fewer steps | instant | quick | units | default | units |",
         "|" + "---|" * 9,
@@ -163,7 +163,8 @@ def table(rows: dict[str, Any]) -> str:
                 fewer = rows[key_of(family, 0, ratio, "fewer steps")]["psnr"]
                 shown = [f"{cells[0]['psnr']:.1f}" if cells[0] else ""]
                 for cell in cells[1:]:
-                    shown += [f"{cell['psnr']:.1f}", f"{cell['units']:.0f}"] if cell else ["", ""]
+                    lanes = " *lanes*" if "lanes apart" in cell.get("kind", "") else ""
+                    shown += [f"{cell['psnr']:.1f}{lanes}", f"{cell['units']:.0f}"] if cell else ["", ""]
                     behind += [cell["psnr"] - cells[0]["psnr"]] if cell and cells[0] else []
                 lines.append(f"| {family} | {ratio} | {count} | {fewer:.1f} | {' | '.join(shown)} |")
     if behind:

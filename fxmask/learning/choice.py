@@ -14,6 +14,7 @@ from collections.abc import Sequence
 FEW = 16  # images, below which plans are judged on all of them by turns
 SPREAD = 3.0  # dB: by how much differences of two plans vary between images, as long as few images say so
 WEIGHT = 2  # images that this counts for
+HARDLY_ANY = 4  # images, below which even they say little: two that are hard for one plan say nothing of the easy ones
 
 
 def margin(differences: Sequence[float]) -> float:
@@ -22,6 +23,17 @@ def margin(differences: Sequence[float]) -> float:
     mean = statistics.fmean(differences)
     squares = WEIGHT * SPREAD**2 + sum((x - mean) ** 2 for x in differences)
     return (1 + 2 / count) * math.sqrt(squares / (WEIGHT + count - 1) / count)
+
+
+def is_ahead(errors: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether a plan of another kind leads by more than the margin, by more than twice that where there are hardly any images.
+
+    Args:
+        errors: its errors in dB by image, see ``choose``.
+        others: those of the plan that it would replace.
+    """
+    differences = [y - x for x, y in zip(*_distinct([errors, others]), strict=True)]
+    return statistics.fmean(differences) > margin(differences) * (2 if len(differences) < HARDLY_ANY else 1)
 
 
 def choose(errors: Sequence[Sequence[float]], fitted: Sequence[int]) -> int:
@@ -34,8 +46,7 @@ def choose(errors: Sequence[Sequence[float]], fitted: Sequence[int]) -> int:
     Returns:
         Its number.
     """
-    images = dict.fromkeys(tuple(round(x, 4) for x in image) for image in zip(*errors, strict=True))
-    columns = list(zip(*images, strict=True))
+    columns = _distinct(errors)
     means = [statistics.fmean(x) for x in columns]
     best = min(range(len(columns)), key=means.__getitem__)
 
@@ -45,3 +56,9 @@ def choose(errors: Sequence[Sequence[float]], fitted: Sequence[int]) -> int:
 
     alike = [best, *filter(is_as_good, range(len(columns)))]
     return min(alike, key=lambda n: (fitted[n], means[n]))
+
+
+def _distinct(errors: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    """Errors of each plan on images that differ."""
+    images = dict.fromkeys(tuple(round(x, 4) for x in image) for image in zip(*errors, strict=True))
+    return list(zip(*images, strict=True))

@@ -33,7 +33,7 @@ from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.program import Program
 from fxmask.learning.adjoint import acts_by_element
 from fxmask.learning.candidate import Candidate, ParetoPoint
-from fxmask.learning.choice import FEW, choose
+from fxmask.learning.choice import FEW, choose, is_ahead
 from fxmask.learning.constraints import is_met, keeps_limits, trimmed
 from fxmask.learning.effort import EFFORTS, Effort, Limits
 from fxmask.learning.finalists import best_of_families, refine_finalists, refit_on_held_out
@@ -226,7 +226,7 @@ class Search:
                     point = searched.point(candidate, begun)
                     return point if point.decibels < chosen.decibels - LEAD else None
                 images, other = searched.crossed(candidate)
-                if choose([self.measured.crossed(best)[0], images], [0, 1]) == 0:
+                if not is_ahead(images, self.measured.crossed(best)[0]):
                     return None
                 return _of_both_folds(searched, candidate, images, other, begun)
             except KeyboardInterrupt:
