@@ -45,6 +45,7 @@ def better_mask(
     max_learning_bytes: int | None = None,
     learn_dtype: torch.dtype = torch.float32,
     checkpoint: str | Path | None = None,
+    guarded: bool = False,
 ) -> tuple[Mask | None, float, int]:
     """Learn a mask and compare it with the present one.
 
@@ -61,6 +62,7 @@ def better_mask(
         max_learning_bytes: see ``fxmask.learn``.
         learn_dtype: see ``fxmask.learn``.
         checkpoint: see ``fxmask.learn``.
+        guarded: whether every run is to be kept within an error, which takes checks of full steps: all lanes do the same then.
 
     Returns:
         The mask, ``None`` if it is not better; its relative L2 error on fresh noise; how many calls of the denoiser that took.
@@ -71,8 +73,10 @@ def better_mask(
     parts, steps, calls = parts_of(runs[0]), runs[0].num_steps, 0
     if any(parts_of(run) != parts for run in runs):
         raise InputError("recorded runs change the form of their predictions at different steps; guide them alike")
-    if len(parts) > 1:
-        options["lanes"] = "alike"  # rows of lanes cannot be put together with those of another number of them
+    if guarded or len(parts) > 1:
+        options["lanes"] = (
+            "alike"  # rows of lanes have no checks, and are not put together with those of another number
+        )
     masks = []
     for number, (first, end) in enumerate(parts):
         if len(parts) > 1 and end - first == 1:

@@ -535,6 +535,7 @@ class Session:
         assert mask is not None
         began = time.perf_counter()
         given = {"max_learning_bytes": self._max_bytes, "progress": self.progress, "backend": self.backend, **options}
+        given["guarded"] = self.outcome.max_error is not None
         with onloaded(self.model):
             found, error, calls = better_mask(
                 program, list(known.runs), mask, self._own_outcome(known), self.limits, effort=effort, **given
