@@ -74,9 +74,7 @@ def better_mask(
     if any(parts_of(run) != parts for run in runs):
         raise InputError("recorded runs change the form of their predictions at different steps; guide them alike")
     if guarded or len(parts) > 1:
-        options["lanes"] = (
-            "alike"  # rows of lanes have no checks, and are not put together with those of another number
-        )
+        options["lanes"] = "alike"  # rows of lanes have no checks, and are not put together with those of another number
     masks = []
     for number, (first, end) in enumerate(parts):
         if len(parts) > 1 and end - first == 1:
