@@ -1,11 +1,11 @@
 """What rows of their own add for the lanes of guidance: the same learning with them and without, on fresh images.
 
     python examples/studies/lanes.py [--families dit-4 ...] [--ratios 1.5 ...] [--write]
-    python examples/studies/lanes.py --time [--backend inductor] [--write]
+    python examples/studies/lanes.py --time [--backend inductor] [--device cuda] [--write]
 
 The shipped pipelines at their usual guidance, 20 DDIM steps. 24 recorded images to learn from, default effort; plans are judged
 on 32 fresh images of other noise and prompts. ``--time`` measures steps of one batch that holds both lanes: whole, and with one
-part computed and the other formed. What was measured is kept, and not measured again.
+part computed and the other formed; on a GPU those of two large denoisers, too. What was learned is kept, and not learned again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import speed
 import torch
 from few_images import FAMILIES, RESULTS, Judge, keep, known, recorder
 
@@ -64,34 +66,59 @@ def measure(family: str, ratios: list[float], device: torch.device, folder: Path
         print(family, ratio, row, flush=True)
 
 
-def time_steps(family: str, backend: str, device: torch.device, repeats: int = 15) -> None:
-    """Seconds of a step by what it does with the lanes, relative to the unaccelerated step, and MACs likewise."""
+Timed = tuple[torch.nn.Module, list[dict[str, Any]], tuple[float, ...], Any]
+
+
+def shipped(family: str, device: torch.device) -> Timed:
+    """A shipped denoiser, two calls of its pipeline, their timesteps and the roles of their arguments."""
     run = recorder(family, device)(4, 0)
-    program = fxmask.capture(run.denoiser, run.calls[0][0], run.roles)
+    return run.denoiser, [step[0] for step in run.calls[:2]], run.timesteps[:2], run.roles
+
+
+def large(make: Callable[[], tuple[torch.nn.Module, dict[str, Any]]]) -> Timed:
+    """The same of a large denoiser, with random weights."""
+    model, call = make()
+    sample = call["hidden_states"]
+    call["hidden_states"] = torch.cat([sample[: len(sample) // 2]] * 2)  # with guidance each is there twice
+    later = {**call, "timestep": torch.full_like(call["timestep"], 450)}
+    return model.eval(), [call, later], (500.0, 450.0), None
+
+
+LARGE = {"DiT-XL/2 (256 px, bfloat16, batch 8)": speed.dit_xl, "PixArt-Sigma (1,024 px, bfloat16, batch 2)": speed.pixart_sigma}
+
+
+def time_steps(name: str, subject: Timed, backend: str, device: torch.device, repeats: int = 15) -> None:
+    """Seconds of a step by what it does with the lanes, relative to the unaccelerated step, and MACs likewise."""
+    denoiser, calls, timesteps, roles = subject
+    program = fxmask.capture(denoiser, calls[0], roles)
     output = next(block.name for block in program.blocks if block.kind == "output")
-    ways: dict[str, Any] = {"torch.compile": (torch.compile(run.denoiser, dynamic=False), 1.0)}
-    for name, computes in FORMS.items():
+    plain = torch.compile(denoiser, dynamic=False, mode="reduce-overhead" if backend == "cudagraph" else None)
+    ways: dict[str, Any] = {"torch.compile": (plain, 1.0)}
+    for form, computes in FORMS.items():
         compute = torch.ones(2, 2, 1, dtype=torch.bool)
         compute[1, :, 0] = torch.tensor(computes)
-        mask = fxmask.Mask(compute, run.timesteps[:2], (output,), None, program.fingerprint, lanes=("0", "1"), batched=True)
+        mask = fxmask.Mask(compute, timesteps, (output,), None, program.fingerprint, lanes=("0", "1"), batched=True)
         plan = fxmask.rectify(program, mask)
         share = sum(plan.macs_per_step[2:]) / (2 * plan.full_macs)
-        ways[name] = fxmask.compile(program, plan, backend=backend, progress=False), share
-    calls = [step[0] for step in run.calls[:2]]
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        ways[form] = fxmask.compile(program, plan, backend=backend, progress=False), share
+    seconds: dict[str, list[float]] = {form: [] for form in ways}
     with torch.no_grad():
-        for turn in range(repeats + 2):
-            for name, (model, _) in ways.items():
+        for turn in range(repeats + 3):
+            for form, (model, _) in ways.items():
                 with getattr(model, "generation", torch.no_grad)():
                     model(**calls[0])
                     took = timed(lambda model=model: model(**calls[1]))[0]
-                if turn > 1:
-                    seconds[name].append(took)
+                if turn > 2:
+                    seconds[form].append(took)
+    followed = {form: model.report().runs[-1].followed for form, (model, _) in ways.items() if form in FORMS}
+    if not all(followed.values()):
+        raise RuntimeError(f"{name}: calls did not follow the plan, nothing to measure: {followed}")
     base = statistics.median(seconds["torch.compile"])
-    row = {name: [round(statistics.median(seconds[name]) / base, 3), round(share, 3)] for name, (_, share) in ways.items()}
-    rows = {**known(KEPT), f"{family} time {backend}": {"device": device.type, "steps": row}}
+    row = {form: [round(statistics.median(seconds[form]) / base, 3), round(share, 3)] for form, (_, share) in ways.items()}
+    where = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else "cpu"
+    rows = {**known(KEPT), f"{name} time {backend}": {"device": where, "steps": row, "milliseconds": round(1000 * base, 3)}}
     keep(rows, KEPT)
-    print(family, row, flush=True)
+    print(name, row, f"{1000 * base:.2f} ms", flush=True)
 
 
 TRIED = """
@@ -147,8 +174,9 @@ def table(rows: dict[str, Any]) -> str:
             "",
             "## Steps of a batch that holds both lanes",
             "",
-            "Seconds of one step over those of the same model under torch.compile, and its MACs over the full ones; medians of",
-            "interleaved repeats, four images. A part is a batch of half the size.",
+            "Seconds of one step over those of the same model under torch.compile (CUDA graphs on both sides or neither), and",
+            "its MACs over the full ones; medians of interleaved repeats. A part is a batch of half the size. Of shipped ones",
+            "four images with both lanes are a batch of 8.",
             "",
             "| pipeline | " + " | ".join(FORMS) + " |",
             "|" + "---|" * (1 + len(FORMS)),
@@ -173,9 +201,12 @@ def main() -> None:
     device = require_device(options.device)
     for family in options.families:
         if options.time:
-            time_steps(family, options.backend, device)
+            time_steps(family, shipped(family, device), options.backend, device)
         else:
             measure(family, options.ratios, device, Path("build/lanes"))
+    if options.time and device.type == "cuda":
+        for name, make in LARGE.items():
+            time_steps(name, large(make), options.backend, device)
     print(table(known(KEPT)))
     if options.write:
         (RESULTS / "lanes.md").write_text(table(json.loads(KEPT.read_text(encoding="utf-8"))), encoding="utf-8")

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from quality_ablations import PAPER, ablation_tables, measure_ablations, paper_mask
 from quality_cells import (
     EVALUATION,
@@ -33,11 +35,13 @@ from quality_cells import (
 )
 from quality_converged import CONVERGED_IMAGES, compare_with_converged, measure_solver
 from quality_fid import fid_table, measure_fid
+from quality_more import MORE, has_more, measure_more, more_table
 from quality_rivals import coarse_ddim, rivals
 from quality_seeds import measure_seeds, seeds_table
 
 from fxmask.learning.search import Search
 from fxmask.storage.plans import load_plan, save_mask
+from fxmask.tools.place import require_device
 
 __all__ = ["Cell", "Results", "coarse_ddim", "main", "write_table"]  # what the tests look at
 
@@ -52,6 +56,7 @@ PARTS = {
     "seeds": "the spread over learning seeds (DDPM and DiT, 20 deterministic steps)",
     "fid": "FID on classifier features (the same cells)",
     "tables": "the form of the paper's Tables 4 and 5 (DDPM, 20 deterministic steps)",
+    "more": "plans learned from more images (DDPM and DiT, stochastic)",
     "converged": "everything against about 1,000 steps",
 }
 
@@ -108,6 +113,7 @@ def run(cell: Cell, folder: Path, parts: list[str], paper: bool, efforts: Sequen
         "seeds": (closer, measure_seeds),
         "fid": (closer, measure_fid),
         "tables": (closer and paper and cell.family == "ddpm", measure_ablations),
+        "more": (has_more(cell), measure_more),
         "converged": (True, compare_with_converged),
     }
     for part, (applies, measure) in steps.items():
@@ -125,9 +131,12 @@ def main() -> None:
     parser.add_argument("--efforts", nargs="+", default=EFFORTS, choices=EFFORTS, help="of fxmask's plans in cells")
     parser.add_argument("--folder", type=Path, default=Path("build/quality"))
     parser.add_argument("--no-paper", action="store_true", help="leave the paper's learner out")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--output", type=Path, default=EXAMPLES / "results" / "quality.md")
     options = parser.parse_args()
+    device = require_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions of a GPU with as many bits as matrix products have
     options.folder.mkdir(parents=True, exist_ok=True)
     shipped = options.output.parent / "quality"
     _copy(shipped, options.folder, replace=False)
@@ -135,7 +144,7 @@ def main() -> None:
     for steps in options.steps if parts else ():
         for family in options.families:
             for sampler in options.samplers:
-                cell = Cell.of(family, steps, float(sampler == "stochastic"))
+                cell = Cell.of(family, steps, float(sampler == "stochastic"), device)
                 run(cell, options.folder, parts, not options.no_paper, options.efforts)
     write_table(options.folder, options.output)
     _copy(options.folder, shipped, replace=True)
@@ -154,7 +163,7 @@ def _copy(source: Path, target: Path, replace: bool) -> None:
 
 
 FIXED = ("branches, fitted forecast", "whole output, fitted forecast")
-OURS = ("fxmask", ALIKE, "fxmask quick", *FIXED)
+OURS = ("fxmask", MORE, ALIKE, "fxmask quick", *FIXED)
 GUIDANCE = """*Lanes free*: of the plans with lanes alike and those whose lanes have rows of their own, the one that is better
 on held-out images; not tried with the stochastic sampler. The rival of the second table is the one of the first."""
 SHORT = """## Where the lead is short
@@ -203,11 +212,12 @@ def write_table(folder: Path, output: Path) -> None:
     guided = {name: rows for name, rows in cells.items() if _is_guided(name)}
     lines += ["## fxmask (default) and the best of the rivals", ""]
     lines += [f"Bold: a lead of less than the {WANTED:g} dB that are aimed at, or a fixed plan of ours that is better.", ""]
-    lines += _leads({name: rows for name, rows in cells.items() if name not in guided})
+    without = {name: rows for name, rows in cells.items() if name not in guided}
+    lines += [*_leads(without), "", *_by_other_measures(without)]
     if guided:
         lines += ["", "## The same with guidance", "", GUIDANCE, ""]
-        lines += _leads(guided) + [""] + _by_other_measures(guided)
-    lines += ["", *SHORT.rstrip().splitlines()]
+        lines += [*_leads(guided), "", *_by_other_measures(guided, lanes=True)]
+    lines += ["", *SHORT.rstrip().splitlines(), *more_table(cells, _recorded())]
     lines += seeds_table(folder) + fid_table(folder) + ablation_tables(folder)
     for name, rows in cells.items():
         lines += ["", f"## {name}", ""]
@@ -232,6 +242,12 @@ def _usual(name: str) -> list[str]:
     return [f"{key} {ratio}" for key in keys for ratio in RATIOS]
 
 
+def _recorded() -> dict[str, int]:
+    """How many images each cell learns from, held-out ones included."""
+    cells = [Cell.of(family, steps, eta) for steps in (20, 50) for family in NAMES for eta in (0.0, 1.0)]
+    return {cell.name: math.prod(cell.training_runs) for cell in cells}
+
+
 def _is_guided(name: str) -> bool:
     return name.startswith(tuple(f"{family}-{steps}-" for family in GUIDED for steps in (20, 50)))
 
@@ -248,16 +264,15 @@ def _leads(cells: dict[str, dict[str, Row]]) -> list[str]:
     return lines
 
 
-def _by_other_measures(cells: dict[str, dict[str, Row]]) -> list[str]:
-    """What rows of their own add, and SSIM and features of fxmask and of the rival of the best PSNR."""
-    lines = [
-        "| cell | asked | lanes alike | lanes free | SSIM | rival's | features | rival's |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def _by_other_measures(cells: dict[str, dict[str, Row]], lanes: bool = False) -> list[str]:
+    """SSIM and features of fxmask and of the rival of the best PSNR, and with guidance what rows of their own add."""
+    head = ["cell", "asked", *(("lanes alike", "lanes free") if lanes else ()), "SSIM", "rival's", "features", "rival's"]
+    lines = [columns(*head), "|" + "---|" * len(head)]
     for name, ratio, here, best in _compared(cells):
         ours, other, alike = here["fxmask"], here[best], here.get(ALIKE)
-        line = [name, f"{ratio:g}x", f"{alike['psnr']:.1f}" if alike else "", f"{ours['psnr']:.1f}" if alike else ""]
-        line += [f"{row['ssim']:.3f}" for row in (ours, other)] + [f"{row['features']:.3f}" for row in (ours, other)]
+        line = [name, f"{ratio:g}x"]
+        line += [f"{row['psnr']:.1f}" if alike else "" for row in (alike or {}, ours)] if lanes else []
+        line += [f"{row[key]:.3f}" if key in row else "" for key in ("ssim", "features") for row in (ours, other)]
         lines.append(columns(*line))
     return lines
 

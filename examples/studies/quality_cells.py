@@ -28,6 +28,7 @@ FAMILIES = ("ddpm", "dit", "ldm", "pixart")
 GUIDED = {"dit-1.5": ("dit", 1.5), "dit-4": ("dit", 4.0), "ldm-4": ("ldm", 4.0), "pixart-4": ("pixart", 4.0)}
 RATIOS = (1.5, 2.0, 3.0)
 EVALUATION = 128  # images of fresh noise
+CPU = torch.device("cpu")
 
 Row = dict[str, Any]
 
@@ -40,12 +41,13 @@ class Cell:
     steps: int
     eta: float
     guidance: float | None = None
+    device: torch.device = CPU
 
     @classmethod
-    def of(cls, name: str, steps: int, eta: float) -> Cell:
+    def of(cls, name: str, steps: int, eta: float, device: torch.device = CPU) -> Cell:
         """The cell of a family, or of a family and a scale of guidance, such as ``dit-4``."""
         family, guidance = GUIDED.get(name, (name, None))
-        return cls(family, steps, eta, guidance)
+        return cls(family, steps, eta, guidance, device)
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Cell:
     @cached_property
     def model(self) -> torch.nn.Module:
         """The shipped denoiser."""
-        return load_model(self.family)
+        return load_model(self.family).to(self.device)
 
     def batches(self, images: int = EVALUATION) -> list[int]:
         """Batch sizes of so many images: the U-Nets take another path from 64 on, which would be another program.
@@ -146,15 +148,15 @@ class Cell:
 
     @cached_property
     def decode(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Samples to images [N, 1, 16, 16]."""
+        """Samples to images [N, 1, 16, 16], which are on the CPU."""
         if self.family in ("ddpm", "dit"):
-            return lambda samples: samples
-        vae: Any = load_model("autoencoder")
+            return lambda samples: samples.cpu()
+        vae: Any = load_model("autoencoder").to(self.device)
 
         @torch.no_grad()
         def decode(latents: torch.Tensor) -> torch.Tensor:
             image: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
-            return image.clamp(-1, 1)
+            return image.clamp(-1, 1).cpu()
 
         return decode
 

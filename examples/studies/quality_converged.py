@@ -50,10 +50,10 @@ def bridge(run: Trajectory, eta: float, generator: torch.Generator) -> tuple[lis
     noises: list[torch.Tensor] = []
     for i, (t, after) in enumerate(itertools.pairwise([*(int(t) for t in run.timesteps), -1])):
         inside = list(range(t, after, -1))
-        drawn = torch.randn(len(inside), *run.initial_noise.shape, generator=generator)
+        drawn = torch.randn(len(inside), *run.initial_noise.shape, generator=generator).to(run.initial_noise.device)
         if eta and run.noises[i]:
             weights = noise_weights(run.scheduler, [*inside, after], eta).to(drawn)
-            lacking = run.noises[i][0] - torch.tensordot(weights, drawn, 1)
+            lacking = run.noises[i][0].to(drawn) - torch.tensordot(weights, drawn, 1)
             drawn = drawn + weights.reshape(-1, *[1] * lacking.dim()) * lacking
         timesteps += inside
         noises += list(drawn)

@@ -55,7 +55,7 @@ def coarse_ddim(
     x = fine.initial_noise.clone()
     for k, (t, after) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
         call = {**fine.calls[0][0], fine.sample: twice(x, fine.guidance_scale)}
-        call["timestep"] = torch.as_tensor(int(t)).expand(torch.as_tensor(call["timestep"]).shape)
+        call["timestep"] = torch.as_tensor(int(t), device=x.device).expand(torch.as_tensor(call["timestep"]).shape)
         output = model(**call)
         epsilon = guided(output[0] if not isinstance(output, torch.Tensor) else output, fine.guidance_scale)
         if epsilon.shape[1] == 2 * x.shape[1]:
@@ -71,7 +71,7 @@ def coarse_ddim(
             x = x + s * noises[k]
         elif eta and inside:
             weights = noise_weights(scheduler, [grid[i] for i in inside] + [grid[inside[-1] + 1]], eta)
-            x = x + s * sum(w * fine.noises[i][0] for w, i in zip(weights, inside, strict=True))
+            x = x + s * sum(w * fine.noises[i][0].to(x.device) for w, i in zip(weights, inside, strict=True))
         x = x.to(fine.initial_noise.dtype)
     return x
 
