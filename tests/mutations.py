@@ -320,6 +320,13 @@ MUTATIONS = [
         LANES,
     ),
     Mutation(
+        "lanes: every even batch holds the lanes, one that is as large as a single lane as well",
+        "fxmask/runtime/batched_lanes.py",
+        "    return bound.batch_size != program.batch_size or repeats(",
+        "    return True or repeats(",
+        LANES,
+    ),
+    Mutation(
         "lanes: a sample is remembered as whatever its owner writes there later",
         "fxmask/runtime/lane.py",
         "sample, version_of(sample), sample.clone())",

@@ -177,7 +177,7 @@ All of these have the stochastic sampler, with which images differ most in how h
 - DDPM, 50 steps, 3x: finalists have 26.4 to 27.6 dB on fresh images, the even forecast 28.1. Learned and held-out images (32
   and 16) rank it 0.7 dB behind the one that is chosen; the two that lead on held-out images alone have 26.7 and 27.1.
 
-So it is the choice among plans of nearly equal quality that 48 images do not settle; more images would be next.
+So it is the choice among plans of nearly equal quality that 48 images do not settle; several times as many help.
 """
 OTHERS, LAST = ("SSIM", "features"), ("converged", "classes", "units", "graphs")
 WANTED = 2.0  # dB ahead of every rival that is no plan of ours
@@ -197,7 +197,9 @@ distinct step graphs. Fixed plans (reuse, forecasts) are fitted on the same imag
 distance between two of the full sampler's images. Denoisers are sampled without guidance unless the cell's name has its scale
 (`dit-4-20`), and then both lanes go through in one batch; 16 of 24 images are learned from there, 32 of 48 with the stochastic
 sampler at 20 steps. `ldm` and `pixart` are compared after decoding. With the stochastic sampler (DDIM, eta = 1) fewer steps
-get the variance-weighted sum of the full sampler's noise.
+get the variance-weighted sum of the full sampler's noise. With guidance and 50 steps the rivals, about half of learning for 2x,
+and what is learned from more images ran on an H200 (`--device cuda`, torch 2.11), all else on a CPU; 18 rows that were measured
+on both differ by at most 0.002 dB.
 """
 
 

@@ -35,6 +35,22 @@ class Whole:
     outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
 
+def holds_lanes(bound: BoundCall, program: Program, count: int) -> bool:
+    """Whether a call is a batch of so many lanes.
+
+    One with as many rows as a lane is one lane alone, guidance that stops midway for example, unless its parts have one sample:
+    then it is of fewer images. To see that waits for the device.
+
+    Args:
+        bound: the call.
+        program: of a lane.
+        count: how many lanes there are.
+    """
+    if bound.is_list or bound.batch_size % count:
+        return False
+    return bound.batch_size != program.batch_size or repeats(program.moving_part(bound.sample), count)
+
+
 def program_of_a_lane(program: Program, plan: Plan) -> tuple[Program, Plan]:
     """The program of one part of the batch, and its plan, where the mask's lanes come as parts of one batch.
 

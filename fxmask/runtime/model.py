@@ -36,7 +36,7 @@ from fxmask.ir.rebind import Rebinder
 from fxmask.passes.rectify import rectify
 from fxmask.passes.step_graph import StepGraph
 from fxmask.runtime.account import Improver
-from fxmask.runtime.batched_lanes import Whole, joined
+from fxmask.runtime.batched_lanes import Whole, holds_lanes, joined
 from fxmask.runtime.checks import Checks
 from fxmask.runtime.executor import Executor
 from fxmask.runtime.export import compile_packages
@@ -318,7 +318,7 @@ class AcceleratedModel(torch.nn.Module):
         mask = generation.variants.plan.mask
         if mask.batched and private.lanes.whole is None:
             whole = private.bind(args, kwargs)
-            if not whole.is_list and whole.batch_size % len(mask.lanes) == 0:
+            if holds_lanes(whole, generation.variants.program, len(mask.lanes)):
                 return self._by_lanes(whole, mask, args, kwargs)
         with torch.no_grad() if recording else NOTHING:
             followed = generation.follow(args, kwargs, recording)

@@ -84,6 +84,11 @@ def accelerated_of(program: fxmask.Program, **options: Any) -> Any:
     return fxmask.compile(program, fxmask.rectify(program, mask_of(program, **options)), backend="eager")
 
 
+def programs_of(accelerated: Any) -> list[int]:
+    """Batch sizes of what has been captured."""
+    return [variant.program.batch_size for variant in accelerated._fxmask.planned.values()]
+
+
 def test_what_lanes_read_of_each_other(program: fxmask.Program) -> None:
     """The reference says what the mask means; by hand, for three of the calls."""
     model, calls = program.model, calls_of_run()
@@ -338,6 +343,28 @@ def test_a_batch_of_images_is_no_batch_of_lanes(program: fxmask.Program) -> None
         for step in range(4):
             images = {**call(step, 1.0, 4), "sample": torch.cat([call(step, 1.0, 2, seed)["sample"] for seed in (5, 6)])}
             assert torch.equal(accelerated(**images), program.model(**images))
+
+
+@unaccelerated
+def test_guidance_that_stops_midway_is_no_batch_of_lanes(program: fxmask.Program) -> None:
+    """As many rows as a lane had: its graphs are there, and nothing is captured for half of them amid an image."""
+    big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
+    accelerated, runs = accelerated_of(big, batched=True), calls_of_run()
+    with torch.no_grad():
+        with accelerated.generation():
+            accelerated(**whole(runs[0]))
+            accelerated(**whole(runs[1]))
+            known = programs_of(accelerated)
+            assert torch.equal(accelerated(**runs[2][1]), program.model(**runs[2][1])), "nothing of its own to go on from"
+            accelerated(**runs[3][1])
+        assert programs_of(accelerated) == known
+        one = {name: x[::2] if x.dim() else x for name, x in whole(runs[0]).items()}
+        with accelerated.generation():  # one image with guidance has as many rows
+            assert torch.equal(accelerated(**one), program.model(**one))
+            later = {name: x[::2] if x.dim() else x for name, x in whole(runs[1]).items()}
+            got = accelerated(**later)
+            assert torch.equal(got[:1], 2 * program.model(**one)[:1])
+            assert torch.equal(got[1:], program.model(**later)[1:])
 
 
 @unaccelerated
