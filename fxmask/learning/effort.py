@@ -22,6 +22,7 @@ class Effort:
         finalists: how many schedules are refined and compared on held-out noise.
         instant: how many plans of recorded runs alone are tried, for each number of full steps.
         lanes: units beyond ``units`` for plans in which the lanes of guidance have rows of their own, 0: they are not tried.
+        fresh: units beyond ``units`` for judging plans on fresh noise, where the sampler injects some, 0: they are not.
     """
 
     units: float
@@ -33,10 +34,11 @@ class Effort:
     finalists: int
     instant: int = 3
     lanes: float = field(default=0.0, repr=False)  # checkpoints of before know effort by its other fields
+    fresh: float = field(default=0.0, repr=False)  # likewise
 
 
 EFFORTS = {
-    "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3, lanes=60.0),
+    "default": Effort(units=120.0, kinds=0, starts=8, levels=2, search=15.0, rounds=2, finalists=3, lanes=60.0, fresh=15.0),
     "quick": Effort(units=18.0, kinds=3, starts=0, levels=0, search=0.0, rounds=1, finalists=1, lanes=6.0),
 }
 

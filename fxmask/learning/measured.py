@@ -208,6 +208,20 @@ class Measured:
         decibels, error, images = self._get(key, roll, self.judge)
         return decibels, error, images
 
+    def on_fresh_noise(self, candidate: Candidate, batch: int, student_of: Callable[[int], Student]) -> list[float]:
+        """Error in dB of every image of a batch of fresh noise, see ``FreshNoise``."""
+
+        def roll() -> Any:
+            fresh = student_of(batch)
+            images = fresh.decibels(fresh.rollout(candidate.schedule, candidate.coefficients)).tolist()
+            self.student.units += fresh.units * fresh.images / self.student.images
+            fresh.units = 0.0
+            self.progress.tick()
+            return images
+
+        key = f"fresh {batch} {schedule_key(candidate.schedule)} {sorted(map(repr, candidate.coefficients.items()))}"
+        return list(self._get(key, roll, self.student))
+
     def crossed(self, candidate: Candidate) -> tuple[list[float], Coefficients]:
         """Cross-validation of two folds: the images that were learned from, and those that were held out.
 

@@ -38,6 +38,7 @@ from fxmask.learning.constraints import is_met, keeps_limits, trimmed
 from fxmask.learning.effort import EFFORTS, Effort, Limits
 from fxmask.learning.finalists import best_of_families, refine_finalists, refit_on_held_out
 from fxmask.learning.forms import Forms
+from fxmask.learning.fresh_noise import FreshNoise
 from fxmask.learning.identity import identity_of
 from fxmask.learning.journal import Journal
 from fxmask.learning.levels import BENDS, Level, evenly, levels_of
@@ -142,6 +143,9 @@ class Search:
         backwards = adjoints or not self.stochastic
         self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed, adjoints=backwards)
         self.student, self.judge = student, judge
+        self._fresh: FreshNoise | None = None
+        if self.stochastic and effort.fresh and group.size == 1:
+            self._fresh = FreshNoise(program, learned, self.measured, forms, room, deployed, seed)
         self.apart: OwnRows | None = None
         # With noise injected, forecasts of outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
         if lanes == "own" and effort.lanes and not self.stochastic and cost == "macs" and group.size == 1:
@@ -237,9 +241,20 @@ class Search:
                 return None
 
     def _best_of_many(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
-        """All images count: which images are hard differs more between batches than plans of nearly equal quality do."""
-        judged = [(c, self.measured.point(c, started)) for c in finalists]
-        return min(judged, key=lambda pair: self.measured.of_all(pair[0].score, pair[1].decibels))
+        """All images count: which images are hard differs more between batches than plans of nearly equal quality do.
+
+        With noise injected they differ so much that the images plans were fitted on say little of others: fresh ones judge.
+        """
+        judged = sorted(finalists, key=lambda c: self.measured.of_all(c.score, self.measured.judged(c)[0]))
+        best = judged[0]
+        if self._fresh is not None:
+            try:
+                best = self._fresh.best(judged, self.effort.fresh)
+            except InputError as error:
+                logger.info("plans are not judged on fresh noise: %s", error)
+            except KeyboardInterrupt:
+                logger.warning("learning was interrupted before plans were judged on fresh noise")
+        return best, self.measured.point(best, started)
 
     def _best_of_few(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
         """Every image judges coefficients that it had no part in; in doubt, what least was fitted for is taken.

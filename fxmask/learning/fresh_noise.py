@@ -1,0 +1,93 @@
+"""Which of the refined plans is best, by noise that none of them has seen, where a sampler injects noise.
+
+There images differ most in how hard they are, and a plan that was fitted on a few dozen may lead by some dB on these and be
+behind plain reuse on others. Fresh noise is recorded for conditioning that is known, a batch at a time, and plans that are
+clearly behind are left out of the next one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from fxmask.ir.program import Program
+from fxmask.learning.candidate import Candidate
+from fxmask.learning.choice import margin
+from fxmask.learning.forms import Forms
+from fxmask.learning.measured import Measured
+from fxmask.learning.pieces import split
+from fxmask.learning.room import Room
+from fxmask.learning.student import Student
+from fxmask.sampling.sampler import Sampler
+
+MOST = 8  # batches
+CLEARLY = 2.0  # margins that a plan must be behind the best one to be left out
+
+
+class FreshNoise:
+    """Batches of fresh noise, recorded when they are first asked for.
+
+    Args:
+        program: the captured denoiser.
+        runs: recorded, whose conditioning they have, by turns.
+        measured: whose work this is, and whose journal keeps it.
+        forms: programs of all runs.
+        room: how many bytes a rollout may take.
+        deployed: the program that will run, if that is another one.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        runs: Sequence[Sampler],
+        measured: Measured,
+        forms: Forms,
+        room: Room,
+        deployed: Program | None,
+        seed: int,
+    ) -> None:
+        self._program, self._runs, self._measured, self._seed = program, runs, measured, seed
+        self._given: tuple[Any, ...] = forms, room, deployed
+        self._latest: tuple[int, Student] | None = None  # one at a time: recorded runs are large
+
+    def best(self, candidates: Sequence[Candidate], units: float) -> Candidate:
+        """The best of some candidates; the first are expected to be.
+
+        Args:
+            candidates: refined or not, at least one, the best so far first.
+            units: of work, after which no other batch is begun.
+
+        Raises:
+            InputError: nothing random is in the recorded runs, or there is no room for a rollout.
+        """
+        ends = self._measured.units + units
+        errors: list[list[float]] = [[] for _ in candidates]
+        left = list(range(len(candidates)))
+        for batch in range(MOST):
+            if len(left) == 1 or (batch and self._measured.units >= ends):
+                break
+            for n in left:
+                errors[n] += self._measured.on_fresh_noise(candidates[n], batch, self._student)
+            best = min(left, key=lambda n: statistics.fmean(errors[n]))
+            left = [n for n in left if not _is_behind(errors[n], errors[best])]
+        return candidates[min(left, key=lambda n: statistics.fmean(errors[n]))]
+
+    def _student(self, batch: int) -> Student:
+        """Rolls out on a batch, which is recorded now."""
+        if self._latest is None or self._latest[0] != batch:
+            self._latest = None
+            known = self._runs[batch % len(self._runs)]
+            run = known.renoised(self._program.model, 104_729 * (self._seed + 1) + batch)
+            forms, room, deployed = self._given
+            pieces, places = split([run], forms, room, gradients=False, adjoints=False)
+            student = Student(self._program, pieces, forms=forms, room=room, deployed=deployed, places=places)
+            student.units = 1.0  # of recording it
+            self._latest = batch, student
+        return self._latest[1]
+
+
+def _is_behind(errors: Sequence[float], best: Sequence[float]) -> bool:
+    differences = [x - y for x, y in zip(errors, best, strict=True)]
+    return statistics.fmean(differences) > CLEARLY * margin(differences)
