@@ -320,6 +320,13 @@ MUTATIONS = [
         LANES,
     ),
     Mutation(
+        "learning: with injected noise the images that plans were fitted on have the last word",
+        "fxmask/learning/search.py",
+        "        if self._fresh is not None:\n",
+        "        if False:\n",
+        ("learning/test_fresh_noise.py",),
+    ),
+    Mutation(
         "lanes: every even batch holds the lanes, one that is as large as a single lane as well",
         "fxmask/runtime/batched_lanes.py",
         "    return bound.batch_size != program.batch_size or repeats(",

@@ -28,7 +28,7 @@ from statistics import fmean
 
 import torch
 
-from fxmask.errors import InputError, OutcomeError
+from fxmask.errors import FxmaskError, InputError, OutcomeError
 from fxmask.ir.fingerprint import fingerprint_1
 from fxmask.ir.program import Program
 from fxmask.learning.adjoint import acts_by_element
@@ -250,8 +250,8 @@ class Search:
         if self._fresh is not None:
             try:
                 best = self._fresh.best(judged, self.effort.fresh)
-            except InputError as error:
-                logger.info("plans are not judged on fresh noise: %s", error)
+            except (FxmaskError, RuntimeError) as error:  # no room, say; all that was learned must not be lost for it
+                logger.warning("plans are not judged on fresh noise: %s", error)
             except KeyboardInterrupt:
                 logger.warning("learning was interrupted before plans were judged on fresh noise")
         return best, self.measured.point(best, started)
