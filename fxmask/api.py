@@ -370,9 +370,11 @@ def learn(
         learn_dtype: a model of less precision is learned from a copy in this type, made for that time only.
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939: passes over the steps with fresh noise and
             the recorded runs' conditioning, 200 of them or 40 with ``effort="quick"``.
-        effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25), ``"quick"`` (18),
-            or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions; where the sampler
-            injects noise, six calls on the recorded images tell whether reused branches or a stage serve better).
+        effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25; from 16 images
+            on, where the sampler injects noise, about 15 more on one rank, to compare the best plans on fresh noise),
+            ``"quick"`` (18), or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions;
+            where the sampler injects noise, six calls on the recorded images tell whether reused branches or a stage serve
+            better).
         checkpoint: a file that keeps what was measured; the same call goes on from it.
         options: of the paper's learner.
         cost: what a speed-up is a ratio of: ``"macs"``, or ``"latency"``, seconds measured on this machine
