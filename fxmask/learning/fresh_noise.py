@@ -63,7 +63,7 @@ class FreshNoise:
             InputError: nothing random is in the recorded runs, or there is no room for a rollout.
         """
         ends = self._measured.units + units
-        errors: list[list[float]] = [[] for _ in candidates]
+        errors = [self._measured.judged_images(c) for c in candidates]  # nothing was fitted on these either
         left = list(range(len(candidates)))
         for batch in range(MOST):
             if len(left) == 1 or (batch and self._measured.units >= ends):

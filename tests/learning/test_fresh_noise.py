@@ -74,6 +74,8 @@ def test_a_checkpoint_keeps_it(recorded, renoised, tmp_path):
     def choose():
         search = search_of(recorded, checkpoint=tmp_path / "journal.json")
         candidates = candidates_of(search)
+        for candidate in candidates:
+            search.measured.judged(candidate)
         before = search.measured.units
         return search._fresh.best(candidates, SMALL.fresh).coefficients, search.measured.units - before
 
