@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxmask._torch import COMPILED_CALL, MODULE_INTERNALS, share_state
+from fxmask._torch import COMPILED_CALL, MODULE_INTERNALS, is_transformed, share_state
 from fxmask.backends.package import Package, Packages
 from fxmask.backends.protocol import Compiler
 from fxmask.errors import InputError, MaskError
@@ -316,7 +316,7 @@ class AcceleratedModel(torch.nn.Module):
             return private.model(*args, **kwargs)
         generation, recording = self._generation(), torch.is_grad_enabled()
         mask = generation.variants.plan.mask
-        if mask.batched and private.lanes.whole is None:
+        if mask.batched and private.lanes.whole is None and not is_transformed():  # whose values cannot be read
             whole = private.bind(args, kwargs)
             if holds_lanes(whole, generation.variants.program, len(mask.lanes)):
                 return self._by_lanes(whole, mask, args, kwargs)

@@ -367,6 +367,20 @@ def test_guidance_that_stops_midway_is_no_batch_of_lanes(program: fxmask.Program
             assert torch.equal(got[1:], program.model(**later)[1:])
 
 
+@pytest.mark.filterwarnings("ignore:(none of|the last denoiser calls|a gradient|.*transform)")
+def test_a_mapped_call_is_right(program: fxmask.Program) -> None:
+    big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
+    accelerated, given = accelerated_of(big, batched=True), call(0, 1.0)
+    samples = torch.stack([given["sample"], 2 * given["sample"]])
+
+    def predict(model: Any, sample: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = model(**{**given, "sample": sample})
+        return result
+
+    mapped = [torch.func.vmap(lambda x, m=model: predict(m, x))(samples) for model in (accelerated, program.model)]
+    assert torch.equal(*mapped)
+
+
 @unaccelerated
 def test_an_odd_batch_runs(program: fxmask.Program) -> None:
     big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
