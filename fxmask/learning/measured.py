@@ -219,7 +219,7 @@ class Measured:
             self.progress.tick()
             return images
 
-        key = f"fresh {batch} {schedule_key(candidate.schedule)} {sorted(map(repr, candidate.coefficients.items()))}"
+        key = f"fresh {batch} {schedule_key(candidate.schedule)}{_listed(candidate.coefficients)}"
         return list(self._get(key, roll, self.student))
 
     def crossed(self, candidate: Candidate) -> tuple[list[float], Coefficients]:
