@@ -371,7 +371,8 @@ def learn(
         learner: ``"default"``, or ``"paper"`` for the learner of arXiv 2603.19939: passes over the steps with fresh noise and
             the recorded runs' conditioning, 200 of them or 40 with ``effort="quick"``.
         effort: ``"default"`` (120 full sampling runs of work, and the last step of refinement, at most 25; from 16 images
-            on, where the sampler injects noise, about 15 more on one rank, to compare the best plans on fresh noise),
+            on, where the sampler injects noise or lanes have rows of their own, about 15 more on one rank, to compare the
+            best plans on fresh noise),
             ``"quick"`` (18), or ``"instant"`` (none: forecasts of the whole output are fitted on the recorded predictions;
             where the sampler injects noise, six calls on the recorded images tell whether reused branches or a stage serve
             better).
@@ -384,9 +385,9 @@ def learn(
         progress: show a progress bar. Ctrl-C ends the learning and returns the best plan so far.
         lanes: ``"own"``: where guidance makes several calls per step, or calls that hold several lanes in one batch, the
             plans in which these have rows of their own (``Mask.lanes``) are tried too, for at most 60 units more, with
-            ``effort="quick"`` for 6, and one that is better on held-out images is taken, of fewer than 16 images one that is
-            better by more than the standard error. That needs a sampler that injects no noise, and one rank. ``"alike"``:
-            all lanes do the same.
+            ``effort="quick"`` for 6, and one that is better on fresh noise is taken, with quick effort or fewer than 16 images
+            one that is better on these by more than the standard error. That needs one rank. ``"alike"``: all lanes do the
+            same.
 
     Raises:
         InputError: an option is unknown or of another learner, or the recorded runs do not belong together.

@@ -27,6 +27,7 @@ PROPERTIES = "passes/test_properties.py"
 SPECIALISED = f"{PROPERTIES}::test_specialised_is_the_reference"
 RUNTIME = ("runtime/test_model.py", "runtime/test_peer_bugs.py")
 LANES = ("runtime/test_lanes_apart.py", SPECIALISED)
+OWN_ROWS = ("learning/test_own_rows.py", "learning/test_held_lanes.py", "learning/test_adjoint.py")
 PAPER = ("learning/test_paper.py",)
 GUARDS = ("guards/test_calls.py", "guards/test_state.py", "guards/test_value_branches.py")
 REGIONS = ("passes/test_split_regions.py", "passes/test_pipeline.py")
@@ -430,6 +431,62 @@ MUTATIONS = [
         "frozenset(c for c in calls if all(",
         "frozenset(c for c in calls if any(",
         LANES,
+    ),
+    Mutation(
+        "lanes: parts of a batch are taken in their order, whatever the mask says",
+        "fxmask/runtime/model.py",
+        "            some, named = parts[part]\n",
+        "            some, named = parts[mask.lanes.index(name)]\n",
+        LANES,
+    ),
+    Mutation(
+        "lanes: what a step of the whole batch stores goes to the part of its turn",
+        "fxmask/runtime/generation.py",
+        "stored[block, value].chunk(len(parts))[part]",
+        "stored[block, value].chunk(len(parts))[k]",
+        LANES,
+    ),
+    Mutation(
+        "lanes: the lane that guidance weighs least comes first",
+        "fxmask/learning/own_rows.py",
+        "key=lambda lane: -weights[lane]",
+        "key=lambda lane: weights[lane]",
+        OWN_ROWS,
+    ),
+    Mutation(
+        "lanes: of the others only what this very step computed is read",
+        "fxmask/learning/schedule.py",
+        "and now // lanes > since:",
+        "and now // lanes == row // lanes:",
+        OWN_ROWS,
+    ),
+    Mutation(
+        "lanes: the difference to the others changes its sign",
+        "fxmask/learning/schedule.py",
+        "        found[then] -= 1 / len(pairs)\n",
+        "        found[then] += 1 / len(pairs)\n",
+        OWN_ROWS,
+    ),
+    Mutation(
+        "lanes: what a blend reads is forgotten before",
+        "fxmask/learning/student.py",
+        "({self.output} if self.output and self.blends(schedule, row) else set())",
+        "set()",
+        OWN_ROWS,
+    ),
+    Mutation(
+        "lanes: states of a run of lanes forget what others may read",
+        "fxmask/learning/student.py",
+        "if schedule.lanes > 1 and not open_end:",
+        "if schedule.lanes > 1:",
+        OWN_ROWS,
+    ),
+    Mutation(
+        "lanes: rows of their own are taken without asking fresh noise",
+        "fxmask/learning/search.py",
+        "return self._fresh.best([best, apart], self.effort.fresh) is apart",
+        "return True",
+        OWN_ROWS,
     ),
     Mutation(
         "lanes: a batch comes apart although the denoiser looks across it",

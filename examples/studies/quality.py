@@ -79,7 +79,7 @@ def run_cell(cell: Cell, folder: Path, paper: bool, efforts: Sequence[str] = EFF
             if row is not None:
                 results.put(key, {**row, **results.kept(key)})
     for label, effort, lanes in LEARNED:
-        if effort not in efforts or (label == ALIKE and (cell.guidance is None or cell.eta)):
+        if effort not in efforts or (label == ALIKE and cell.guidance is None):
             continue  # where guidance's lanes are never told apart, the two are one
         search: Search | None = None
         for ratio in (2.0, 1.5, 3.0):

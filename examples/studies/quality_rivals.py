@@ -1,4 +1,4 @@
-"""What `quality.py` compares fxmask with at equal MACs: fewer steps, fixed reuse, fixed forecasts."""
+"""What `quality.py` compares fxmask with at equal MACs: fewer steps, fixed reuse and forecasts, a lane of guidance skipped."""
 
 from __future__ import annotations
 
@@ -113,6 +113,24 @@ def rivals(evaluation: Evaluation, training: Sequence[Trajectory]) -> Iterator[t
         scores = {level: teacher.score(teacher.rollout(found)) for level, found in reachable.items() if found is not None}
         return fixed(min(scores, key=lambda level: scores[level]))(ratio) if scores else None
 
+    def one_lane(ratio: float) -> Row | None:
+        steps, count = cell.steps, round((2 / ratio - 1) * cell.steps)
+        if count < 1:
+            return None
+        full = {round(k * steps / count) for k in range(count)}
+        (name,) = named("output", 1).loads
+        compute = torch.ones(steps, 2, 1, dtype=torch.bool)
+        terms = {}
+        for step in set(range(steps)) - full:
+            compute[step, 1] = False
+            last = max(x for x in full if x < step)
+            terms[step, "uncond", name] = (last, 1.0), ((name, step, "cond"), 1.0), ((name, last, "cond"), -1.0)
+        lanes: dict[str, Any] = {"lanes": ("cond", "uncond"), "batched": True, "parts": (1, 0)}
+        fingerprint = evaluation.program.fingerprint
+        return evaluation.of_mask(
+            fxmask.Mask(compute, runs[0].timesteps, (name,), fxmask.Forecast(terms), fingerprint, **lanes)
+        )
+
     def solver(ratio: float) -> Row:
         steps = max(1, round(cell.steps / ratio))
         scheduler = cell.scheduler("DPMSolverMultistepScheduler")
@@ -130,5 +148,7 @@ def rivals(evaluation: Evaluation, training: Sequence[Trajectory]) -> Iterator[t
     yield "whole output held", fixed(named("output", 1))
     yield "branches, fitted forecast", fixed(named("branches", 3))
     yield "whole output, fitted forecast", fixed(replace(named("output", 3), samples=2 if cell.eta else 0))
+    if cell.guidance is not None:
+        yield "difference of the lanes held", one_lane
     if not cell.eta:
         yield "DPM-Solver++, fewer steps", solver

@@ -45,7 +45,9 @@ class Mask:
             the same rows, each with values of its own.
         called: bool ``[T, L]``, the lanes that each step calls, where that changes (guidance that starts or stops midway);
             ``None`` if every step calls all. What ``compute`` says of the others does not matter.
-        batched: whether one call holds all lanes, as equal parts of its batch in their order, and not one call each.
+        batched: whether one call holds all lanes, as equal parts of its batch, and not one call each.
+        parts: where ``batched``, which part of the batch each lane is, if that is not their order: parts may be computed in any
+            order, and what a lane is formed from has to come before it.
 
     Raises:
         MaskError: a wrong shape, an unknown or repeated block or lane, or a load with nothing stored before it.
@@ -60,6 +62,7 @@ class Mask:
     lanes: tuple[str, ...] = ()
     called: torch.Tensor | None = None
     batched: bool = False
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         compute = torch.as_tensor(self.compute).detach().cpu().bool().clone()
@@ -88,6 +91,7 @@ class Mask:
         object.__setattr__(self, "called", self._checked_calls())
         if self.batched and (not lanes or self.called is not None):
             raise MaskError("batched is for masks with lanes of which every step calls all: they come as parts of one batch")
+        object.__setattr__(self, "parts", self._checked_parts())
         if forecast is not None and lanes:
             forecast = self._numbering.named(forecast)
         object.__setattr__(self, "forecast", forecast)
@@ -107,6 +111,15 @@ class Mask:
             raise MaskError(f"step {int(called.any(dim=1).int().argmin())} calls no lane; leave it out of the mask")
         return None if bool(called.all()) else called
 
+    def _checked_parts(self) -> tuple[int, ...]:
+        parts, every = tuple(map(int, self.parts)), tuple(range(len(self.lanes)))
+        if parts and (not self.batched or tuple(sorted(parts)) != every):
+            raise MaskError(
+                f"parts={parts} does not say which part of a batch each of {len(self.lanes)} lanes is; give the numbers "
+                f"{list(every)} in some order, with batched=True"
+            )
+        return () if parts == every else parts
+
     @classmethod
     def ones(cls, program: Program, timesteps: Iterable[float], lanes: Sequence[str] = ()) -> Mask:
         """The mask that computes every block of ``program`` at every step: ``[T, B]`` of ones, or ``[T, L, B]``."""
@@ -119,6 +132,11 @@ class Mask:
     def num_steps(self) -> int:
         """T, the number of denoising steps."""
         return len(self.timesteps)
+
+    @property
+    def part_of_lane(self) -> tuple[int, ...]:
+        """Which part of a batch that holds all lanes each of them is."""
+        return self.parts or tuple(range(len(self.lanes)))
 
     @property
     def order(self) -> tuple[tuple[int, int], ...]:
@@ -231,8 +249,8 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return (
-            (self.timesteps, self.blocks, self.lanes, self.batched)
-            == (other.timesteps, other.blocks, other.lanes, other.batched)
+            (self.timesteps, self.blocks, self.lanes, self.batched, self.parts)
+            == (other.timesteps, other.blocks, other.lanes, other.batched, other.parts)
             and self.order == other.order
             and torch.equal(self._rows, other._rows)
             and dict(self.forecast.terms if self.forecast else {}) == dict(other.forecast.terms if other.forecast else {})

@@ -22,7 +22,8 @@ class Effort:
         finalists: how many schedules are refined and compared on held-out noise.
         instant: how many plans of recorded runs alone are tried, for each number of full steps.
         lanes: units beyond ``units`` for plans in which the lanes of guidance have rows of their own, 0: they are not tried.
-        fresh: units beyond ``units`` for judging plans on fresh noise, where the sampler injects some, 0: they are not.
+        fresh: units beyond ``units`` for judging plans on fresh noise, where the sampler injects some or lanes have rows of
+            their own, 0: they are not.
     """
 
     units: float

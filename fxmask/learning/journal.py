@@ -88,8 +88,14 @@ class Journal:
             logger.info("going on from %d measurements in %s", len(self._entries), self.path)
         self._entries = group.agree(self._entries)
 
-    def get(self, key: str, measure: Callable[[], Any], worker: Worker) -> Any:
+    def get(self, key: str, measure: Callable[[], Any], worker: Worker, share: float = 1.0) -> Any:
         """The result of that key; measured now if it is not known.
+
+        Args:
+            key: of the result.
+            measure: returns it, as JSON has it.
+            worker: whose units it takes.
+            share: of the images that are learned from, which those are that the worker's units are of.
 
         Raises:
             InputError: the file has become another run's.
@@ -102,7 +108,7 @@ class Journal:
             self._fresh.add(name)
             self._save()
         elif name not in self._fresh:
-            self.replayed += self._entries[name][0]
+            self.replayed += self._entries[name][0] * share
             self._fresh.add(name)
         return self._entries[name][1]
 

@@ -26,6 +26,7 @@ from fxmask.sampling.sampler import Sampler
 Rows = tuple[bool, ...]  # by call, whether it is computed
 TRIES = 1500  # schedules that are screened from each start
 SMALL = 1e-3  # of the root mean square of a prediction: where samplers clip, larger steps tell of the clipping
+SEEN = 1.0  # the same in half precision, in which smaller steps are lost
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class LaneMoments:
 
 def _weights(view: Sampler) -> np.ndarray:
     """How much each call's prediction moves the final samples: the step's weight, and the lane's share in guidance."""
-    weights, shares = response_of(view).weights, _shares(view)
-    return np.asarray([float(w) * share for w in weights for share in shares])
+    of_lanes = shares(view)
+    return np.asarray([float(w) * share for w in response_of(view).weights for share in of_lanes])
 
 
-def _shares(view: Sampler) -> tuple[float, ...]:
+def shares(view: Sampler) -> tuple[float, ...]:
     """With what factors guidance adds predictions of the lanes, by replays in which those of one step are nudged alike.
 
     With guidance at 4 these are -3 and 4, up to a factor. Where a nudge of all lanes moves nothing, they count alike.
@@ -115,7 +116,8 @@ def _shares(view: Sampler) -> tuple[float, ...]:
     generator = torch.Generator().manual_seed(0)
     shape = view.outputs[step][0].shape
     nudge = torch.randn(shape, generator=generator).to(view.outputs[step][0])
-    nudge *= SMALL * view.outputs[step][0].float().square().mean().sqrt().to(nudge)
+    step_size = SMALL if nudge.dtype in (torch.float32, torch.float64) else SEEN
+    nudge *= step_size * view.outputs[step][0].float().square().mean().sqrt().to(nudge)
     moved = []
     for lane in range(lanes):
         outputs = [x + nudge if at == (step, lane) else x for at, x in zip(view.order, _flat(view), strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fxmask.ir.program import Program
@@ -21,12 +21,29 @@ class Level:
         loads: their names.
         history: fresh values that a forecast reads.
         samples: noisy samples that a forecast of the output reads.
+        lanes: where these have rows of their own, of each whether it forms the blocks; empty if all follow the same rows.
     """
 
     name: str
     loads: frozenset[str]
     history: int
     samples: int
+    lanes: tuple[bool, ...] = ()
+
+    @property
+    def rows(self) -> tuple[frozenset[str], ...]:
+        """What each row of a step forms."""
+        return tuple(self.loads if forms else frozenset() for forms in self.lanes) or (self.loads,)
+
+    def cost(self, student: Student) -> float:
+        """What a step spends, as a share of one that computes everything."""
+        return sum(map(student.cost, self.rows)) / len(self.rows)
+
+    def schedule(self, steps: Sequence[Level | None], origin: Origin, family: str) -> Schedule:
+        """A schedule of these steps, each of a level with as many rows as this one, or ``None`` where all is computed."""
+        full = (frozenset(),) * len(self.rows)
+        loads = tuple(row for level in steps for row in (full if level is None else level.rows))
+        return Schedule(loads, self.history, self.samples, lanes=len(self.rows), origin=origin, family=family)
 
 
 def named_levels(

@@ -38,6 +38,7 @@ class Measured:
         starts: first steps at which runs are measured.
         seed: of random directions.
         adjoints: whether there is room for backward passes through whole runs.
+        view: of the runs, which tells what is measured on them from what is on others; part of every key.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Measured:
         starts: int,
         seed: int,
         adjoints: bool = True,
+        view: str = "",
     ) -> None:
+        self._view = view
         self.student = student
         self.judge = judge
         self.progress = progress
@@ -77,7 +80,8 @@ class Measured:
 
     def _get(self, key: str, measure: Callable[[], Any], student: Student) -> Any:
         """The result of ``measure``, alike on every rank."""
-        return self.student.group.agree(self._journal.get(key, measure, student))
+        share = self.judge.images / self.student.images if student is self.judge else 1.0
+        return self.student.group.agree(self._journal.get(self._view + key, measure, student, share))
 
     def latency(self, backend: str, measure: Callable[[], Any]) -> Any:
         """Seconds of every node."""
@@ -111,7 +115,8 @@ class Measured:
 
         # with an injected noise all forecasts of the output read samples, which the key has never said
         samples = "" if self.student.stochastic or not level.samples else f" {level.samples}"
-        key = f"runs {level.name} {level.history}{samples}"
+        lanes = f" {level.lanes}" if level.lanes else ""
+        key = f"runs {level.name} {level.history}{samples}{lanes}"
         return torch.tensor(self._get(key, measure, self.student), dtype=torch.float64)
 
     @functools.cached_property

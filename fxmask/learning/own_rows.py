@@ -6,8 +6,9 @@
 Or lanes share what attention adds: at some steps one computes it and the others form theirs from it (Yuan et al.,
 "DiTFastAttn", 2024), and what that saves is spent on more steps that are computed.
 
-Batched guidance is learned from as if its lanes were called one by one (``SplitLanes``). The plans are candidates beside those
-in which all lanes are alike, judged on the same images.
+Batched guidance is learned from as if its lanes were called one by one (``SplitLanes``), first the one that guidance weighs
+most: what it has computed is there when the others are formed. The plans are candidates beside those in which all lanes are
+alike, judged on the same images.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from fxmask.errors import CaptureError, InputError
 from fxmask.ir.liveness import live_nodes
 from fxmask.ir.macs import count_attention_macs
 from fxmask.ir.program import Program
@@ -29,18 +29,17 @@ from fxmask.learning.candidate import Candidate
 from fxmask.learning.constraints import is_met, keeps_limits
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.finalists import refine_finalists
-from fxmask.learning.journal import Journal
-from fxmask.learning.lane_moments import LaneMoments, Rows, indices
+from fxmask.learning.lane_moments import LaneMoments, Rows, indices, shares
+from fxmask.learning.levels import Level
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
-from fxmask.learning.progress import Progress
-from fxmask.learning.room import Room
 from fxmask.learning.schedule import Origin, Schedule, lane_sources
 from fxmask.learning.student import Student, output_blocks
 from fxmask.sampling.sampler import Sampler
-from fxmask.sampling.split_lanes import split_lanes
+from fxmask.sampling.split_lanes import SplitLanes, split_lanes
 
 logger = logging.getLogger(__name__)
+Known = Sequence[tuple[Level, torch.Tensor]]  # levels with errors of their runs ``[T, R]``
 FAMILY, SHARED = "output, lanes apart", "output, shared attention"
 SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten.softmax.int)  # of an attention that is written out
 HISTORY, SAMPLES = 3, 2  # fresh values of the lane itself, and noisy samples, that a forecast reads
@@ -57,7 +56,16 @@ def views_of(trajectories: Sequence[Sampler], program: Program) -> list[Sampler]
         return list(trajectories) if len({len(step) for t in trajectories for step in t.calls}) == 1 else None
     views = [split_lanes(t, program.model) for t in trajectories]
     found = [view for view in views if view is not None]
-    return list(found) if len(found) == len(views) and len({view.count for view in found}) == 1 else None
+    if len(found) != len(views) or len({view.count for view in found}) != 1:
+        return None
+    turns = turns_of(found[0])
+    return [view.in_order_of(turns) for view in found]
+
+
+def turns_of(view: Sampler) -> tuple[int, ...]:
+    """Lanes by how much guidance weighs their predictions, the most first."""
+    weights = [round(abs(share), 3) for share in shares(view)]
+    return tuple(sorted(range(len(weights)), key=lambda lane: -weights[lane]))
 
 
 class OwnRows:
@@ -68,6 +76,8 @@ class OwnRows:
         limits: that plans keep.
         seed: of local search.
     """
+
+    is_stochastic = False
 
     def __init__(self, measured: Measured, limits: Limits, seed: int) -> None:
         self.measured = measured
@@ -83,8 +93,19 @@ class OwnRows:
         """Whether there is a whole output to forecast."""
         return len(self._output) == 1
 
+    def view_of(self, run: Sampler) -> Sampler:
+        """Another recorded run with a call for every lane."""
+        known = self.student.trajectories[0]
+        return SplitLanes(run, known.count, known.turns) if isinstance(known, SplitLanes) else run
+
     def best(
-        self, budget: float, alike: Sequence[Candidate], effort: Effort, units: float, crossed: bool = False
+        self,
+        budget: float,
+        alike: Sequence[Candidate],
+        effort: Effort,
+        units: float,
+        crossed: bool = False,
+        known: Known = (),
     ) -> Candidate | None:
         """The best one for a fraction of the full run's MACs; ``None`` if there is none, or none that is worth refining.
 
@@ -94,10 +115,11 @@ class OwnRows:
             effort: how much of it is refined.
             units: of work at most, in full sampling runs.
             crossed: whether it will be judged by cross-validation, which takes work too.
+            known: measured errors of runs without lanes.
         """
         measured, started = self.measured, self.measured.units
         pool: list[Candidate] = []
-        for schedule in self._screened(budget, [c.schedule for c in alike]):
+        for schedule in self._screened(budget, [c.schedule for c in alike], effort, known):
             if pool and measured.units - started > units / 2:
                 break
             self._add(pool, schedule, budget)
@@ -111,11 +133,17 @@ class OwnRows:
         logger.debug("lanes apart: %s", [(round(c.score, 2), c.schedule.description) for c in pool])
         found = sorted(pool, key=lambda c: c.score)[: effort.finalists]
         refined = refine_finalists(
-            measured, found, self.limits, rounds=effort.rounds, ends=started + units, stochastic=False, crossed=crossed
+            measured,
+            found,
+            self.limits,
+            rounds=effort.rounds,
+            ends=started + units,
+            stochastic=self.is_stochastic,
+            crossed=crossed,
         )
         return min(refined, key=lambda c: measured.of_all(c.score, measured.judged(c)[0]))
 
-    def _screened(self, budget: float, alike: Sequence[Schedule]) -> list[Schedule]:
+    def _screened(self, budget: float, alike: Sequence[Schedule], effort: Effort, known: Known) -> Iterable[Schedule]:
         """What to roll out: the schedules without lanes, and those that the moments of the recorded runs say are best."""
         starts = [*map(self._apart, alike), *self._even(budget)]
         found: dict[Rows, float] = {}
@@ -214,11 +242,14 @@ class OwnRows:
         rng, failures = random.Random(self._seed), 0
         current = min(pool, key=lambda c: c.score)
         while self.measured.units < ends and failures < FAILURES:
-            schedule = neighbour(current.schedule, rng)
+            schedule = self._neighbour(current.schedule, rng)
             found = None if schedule is None else self._add(pool, schedule, budget)
             failures += 1
             if found is not None and found.score < current.score - GAIN:
                 current, failures = found, 0
+
+    def _neighbour(self, schedule: Schedule, rng: random.Random) -> Schedule | None:
+        return neighbour(schedule, rng)
 
 
 def attention_branches(program: Program) -> frozenset[str]:
@@ -238,42 +269,3 @@ def _evenly(steps: int, count: int) -> set[int]:
     rest = max(1, count - FEWEST)
     chosen = set(range(FEWEST)) | {FEWEST + round(k * (steps - FEWEST) / rest) for k in range(count - FEWEST)}
     return chosen if len(chosen) == count else set(range(count))
-
-
-def own_rows(
-    program: Program,
-    learned: Sequence[Sampler],
-    held_out: Sequence[Sampler],
-    journal: Journal,
-    progress: Progress,
-    limits: Limits,
-    seed: int,
-    deployed: Program | None = None,
-    room: Room | None = None,
-    starts: int = 0,
-) -> OwnRows | None:
-    """What searches plans with rows for each lane; ``None`` if there is one lane, or a part cannot be captured alike.
-
-    Args:
-        program: the captured denoiser.
-        learned: runs that are learned from.
-        held_out: runs that judge.
-        journal: keeps what is measured.
-        progress: is told of every rollout.
-        limits: that plans keep.
-        seed: of local search.
-        deployed: the program that will run, if that is another one.
-        room: how many bytes its values may take; without bound, if not given.
-        starts: if not 0, coefficients may be refined by adjoints.
-    """
-    views = [views_of(runs, program) for runs in (learned, held_out)]
-    if views[0] is None or views[1] is None:
-        return None
-    try:
-        student, judge = (Student(program, runs, deployed=deployed, room=room) for runs in views if runs is not None)
-    except (InputError, CaptureError) as error:
-        logger.info("lanes have no rows of their own: %s", error)
-        return None
-    measured = Measured(student, judge, journal, progress, starts=starts, seed=seed)
-    found = OwnRows(measured, limits, seed)
-    return found if found.can_form else None

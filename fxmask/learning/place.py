@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -77,16 +78,17 @@ def place_mixed(student: Student, levels: Sequence[tuple[Level, torch.Tensor]], 
     for first in range(steps):
         for length in range(min(steps - first, LONGEST + 1)):
             for k, (level, runs) in enumerate(levels if length else levels[:1]):
-                cost = 1 + length * student.cost(level.loads)
+                cost = 1 + length * level.cost(student)
                 best.offer(first, first + 1 + length, cost, run_error(runs, first + 1, length), k)
     found = best.path()
     if found is None:
         return None
-    loads: list[frozenset[str]] = [frozenset()] * steps
+    chosen: list[Level | None] = [None] * steps
     for first, after, k in found:
-        loads[first + 1 : after] = [levels[k][0].loads] * (after - first - 1)
+        chosen[first + 1 : after] = [levels[k][0]] * (after - first - 1)
     history, samples = (max(getattr(level, field) for level, _ in levels) for field in ("history", "samples"))
-    return Schedule(tuple(loads), history, samples, origin=Origin.MIXED, family=" or ".join(level.name for level, _ in levels))
+    name = " or ".join(level.name for level, _ in levels)
+    return replace(levels[0][0].schedule(chosen, Origin.MIXED, name), history=history, samples=samples)
 
 
 class _Table:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fxmask.learning.levels import Level
-from fxmask.learning.schedule import Schedule
+from fxmask.learning.schedule import Origin, Schedule
 from fxmask.learning.student import Student
 
 MAX_RUN = 3  # longer runs are extrapolated
@@ -27,11 +27,11 @@ def measure_runs(student: Student, level: Level, starts: int, bar: Callable[[], 
     base = student.rollout(stored, keep=True)
     lengths = {first: MAX_RUN if k % 2 == 0 or first >= steps - 3 else 1 for k, first in enumerate(tried)}
     known: dict[int, dict[int, float]] = {length: {} for length in range(1, MAX_RUN + 1)}
-    for state in student.states(stored, base, tried, range(len(student.trajectories))):
+    for state in student.states(stored, base, tried, range(len(student.trajectories)), open_end=True):
         first = state.step
         for length in range(1, min(lengths[first], steps - first) + 1):
-            loads = tuple(level.loads if first <= i < first + length else frozenset() for i in range(steps))
-            rolled = student.rollout(Schedule(loads, level.history, level.samples), None, state)
+            run = [level if first <= i < first + length else None for i in range(steps)]
+            rolled = student.rollout(level.schedule(run, Origin.PLACED, level.name), None, state)
             known[length][first] = 10 ** (student.score(rolled) / 10)
             bar()
     table = torch.full((steps, MAX_RUN), math.inf, dtype=torch.float64)
@@ -43,7 +43,7 @@ def measure_runs(student: Student, level: Level, starts: int, bar: Callable[[], 
 
 def _stored(level: Level, steps: int) -> Schedule:
     """Full steps that store what the level reads."""
-    return Schedule((frozenset(),) * (steps - 1) + (level.loads,), level.history, level.samples)
+    return level.schedule([None] * (steps - 1) + [level], Origin.PLACED, level.name)
 
 
 def _between(known: Mapping[int, float], step: int) -> float:

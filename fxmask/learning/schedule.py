@@ -67,8 +67,8 @@ class Schedule:
 def lane_sources(computed: Sequence[bool], row: int, lanes: int, history: int, samples: int) -> list[Source]:
     """What a forecast at a row of several lanes reads, the latest first.
 
-    The latest values of the lane itself, then those of the lanes that the step has called before and computed; of these also
-    the values where this one was fresh: what the two differed by there says more than either.
+    The latest values of the lane itself, then the latest of every lane that has computed one since; of these also the values
+    where this one was fresh: what the two differed by there says more than either.
 
     Args:
         computed: by row before this one, whether it computes the block.
@@ -80,13 +80,36 @@ def lane_sources(computed: Sequence[bool], row: int, lanes: int, history: int, s
     fresh = [r for r in reversed(range(row)) if computed[r]]
     own = [r for r in fresh if r % lanes == row % lanes][:history]
     sources: list[Source] = [*own]
-    for now in range(row - row % lanes, row):
-        if computed[now]:
-            then = [r - row + now for r in own[:2]]
+    since = own[0] // lanes if own else -1
+    for lane in range(lanes):
+        now = next((r for r in fresh if r % lanes == lane), None)
+        if lane != row % lanes and now is not None and now // lanes > since:
+            then = [r - r % lanes + lane for r in own[:2]]
             sources += [now, *(r for r in then if computed[r])]
-    if not sources:
-        sources = [fresh[0]]
     return [*sources, *((INPUT, r) for r in [row, *own][:samples])]
+
+
+def difference_held(sources: Sequence[Source], row: int, lanes: int) -> Terms:
+    """A lane's latest value, and what the others have changed by since: their difference stays as it was.
+
+    Args:
+        sources: what ``lane_sources`` says that it may read.
+        row: the call.
+        lanes: L.
+    """
+    calls = [source for source in sources if isinstance(source, int)]
+    own = calls[0]
+    found: dict[Source, float] = {source: float(source == own) for source in sources}
+    pairs = []
+    for lane in range(lanes):
+        now = next((r for r in calls if r % lanes == lane and r // lanes > own // lanes), None)
+        then = own - own % lanes + lane
+        if lane != row % lanes and now is not None and own % lanes == row % lanes and then in calls:
+            pairs.append((now, then))
+    for now, then in pairs:
+        found[now] += 1 / len(pairs)
+        found[then] -= 1 / len(pairs)
+    return tuple(found.items())
 
 
 def is_plain_reuse(schedule: Schedule, key: tuple[int, str], terms: Terms) -> bool:

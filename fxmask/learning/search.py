@@ -41,11 +41,12 @@ from fxmask.learning.forms import Forms
 from fxmask.learning.fresh_noise import FreshNoise
 from fxmask.learning.identity import identity_of
 from fxmask.learning.journal import Journal
+from fxmask.learning.lanes import own_rows
 from fxmask.learning.levels import BENDS, Level, evenly, levels_of
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.outcome import TOLERANCE
-from fxmask.learning.own_rows import OwnRows, own_rows
+from fxmask.learning.own_rows import OwnRows
 from fxmask.learning.pieces import Place, split
 from fxmask.learning.place import place, place_mixed
 from fxmask.learning.place_blocks import place_blocks
@@ -68,7 +69,6 @@ CHEAP = 0.1  # of a step: levels that cost less may take turns at equal cost
 FAILURES = 60  # of local search in a row, after which it ends
 GAIN = 0.02  # dB: local search goes on from a neighbour that is better by this much
 NOTICED = 0.1  # dB: by so much fewer steps must be better to be mentioned
-LEAD = 0.1  # dB: by so much such a plan must be better on held-out images
 JUDGING = 6.0  # units that are kept for judging few images by turns
 BISECTIONS = 6  # of the budget for an error
 
@@ -143,14 +143,13 @@ class Search:
         backwards = adjoints or not self.stochastic
         self.measured = Measured(student, judge, journal, self.progress, starts=effort.starts, seed=seed, adjoints=backwards)
         self.student, self.judge = student, judge
-        self._fresh: FreshNoise | None = None
-        if self.stochastic and effort.fresh and group.size == 1:
-            self._fresh = FreshNoise(program, learned, self.measured, forms, room, deployed, seed)
         self.apart: OwnRows | None = None
-        # With noise injected, forecasts of outputs lose to reused blocks; prices in seconds are of calls that hold all lanes.
-        if lanes == "own" and effort.lanes and not self.stochastic and cost == "macs" and group.size == 1:
-            given = limits, seed, deployed, room, effort.starts
+        if lanes == "own" and effort.lanes and cost == "macs" and group.size == 1:  # seconds are of calls that hold all lanes
+            given = limits, seed, deployed, room, effort.starts, backwards
             self.apart = own_rows(program, learned, held_whole, journal, self.progress, *given)
+        self._fresh: FreshNoise | None = None
+        if (self.stochastic or self.apart is not None) and effort.fresh and group.size == 1:
+            self._fresh = FreshNoise(program, learned, self.measured, forms, room, deployed, seed, self.apart)
         if cost == "latency":
             seconds = self.measured.latency(backend, lambda: measure_latency(student.deployed, backend))
             student.price_by(per_step(student.deployed, seconds))
@@ -160,6 +159,7 @@ class Search:
             names = list(dict.fromkeys(level.name for level in self.levels))[: effort.kinds]
             self.levels = [level for level in self.levels if level.name in names]
         self._promising = self.levels
+        self._known: dict[frozenset[str], tuple[Level, torch.Tensor]] = {}  # levels whose runs were measured
 
     # One budget
 
@@ -198,7 +198,7 @@ class Search:
             )
         best, chosen = self._best_of_few(finalists, started) if self.few else self._best_of_many(finalists, started)
         chosen = replace(chosen, fewer_steps=self._compare_with_fewer_steps(chosen, budget))
-        apart = self._best_of_lanes(budget, finalists, best, chosen)
+        apart = self._best_of_lanes(budget, finalists, best)
         if apart is not None:
             return replace(apart, fewer_steps=chosen.fewer_steps, units=measured.units + apart.units - started)
         try:
@@ -209,13 +209,11 @@ class Search:
             logger.warning("learning was interrupted before its last step of refinement")
         return replace(chosen, units=measured.units - started)
 
-    def _best_of_lanes(
-        self, budget: float, finalists: Sequence[Candidate], best: Candidate, chosen: ParetoPoint
-    ) -> ParetoPoint | None:
+    def _best_of_lanes(self, budget: float, finalists: Sequence[Candidate], best: Candidate) -> ParetoPoint | None:
         """The best plan whose lanes have rows of their own, starting from the finalists without.
 
-        ``None`` if there is none that is better than the best of these. Of few images, every one judges coefficients that it
-        had no part in, and rows of their own must be better by more than the standard error.
+        ``None`` if there is none that is better than the best of these on fresh noise, or on held-out images by more than the
+        standard error. Of few images, every one judges coefficients that it had no part in.
         """
         if self.apart is None:
             return None
@@ -223,12 +221,12 @@ class Search:
         begun = searched.units
         with self.progress.bar(f"lanes apart, {1 / budget:.3g}x", units, lambda: searched.units - begun):
             try:
-                candidate = self.apart.best(budget, finalists, self.effort, units, crossed=self.crossed)
+                known = list(self._known.values())
+                candidate = self.apart.best(budget, finalists, self.effort, units, crossed=self.crossed, known=known)
                 if candidate is None:
                     return None
                 if not self.crossed:
-                    point = searched.point(candidate, begun)
-                    return point if point.decibels < chosen.decibels - LEAD else None
+                    return searched.point(candidate, begun) if self._is_better_on_noise(candidate, best) else None
                 images, other = searched.crossed(candidate)
                 if not is_ahead(images, self.measured.crossed(best)[0]):
                     return None
@@ -240,6 +238,16 @@ class Search:
                 logger.info("plans whose lanes differ are left out: %s", error)
                 return None
 
+    def _is_better_on_noise(self, apart: Candidate, best: Candidate) -> bool:
+        """Whether a plan with rows for each lane is better than the best one without."""
+        assert self.apart is not None
+        if self._fresh is not None:
+            try:
+                return self._fresh.best([best, apart], self.effort.fresh) is apart
+            except (FxmaskError, RuntimeError) as error:
+                logger.warning("plans are not judged on fresh noise: %s", error)
+        return is_ahead(self.apart.measured.judged_images(apart), self.measured.judged_images(best))
+
     def _best_of_many(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
         """All images count: which images are hard differs more between batches than plans of nearly equal quality do.
 
@@ -247,7 +255,7 @@ class Search:
         """
         judged = sorted(finalists, key=lambda c: self.measured.of_all(c.score, self.measured.judged(c)[0]))
         best = judged[0]
-        if self._fresh is not None:
+        if self._fresh is not None and self.stochastic:
             try:
                 best = self._fresh.best(judged, self.effort.fresh)
             except (FxmaskError, RuntimeError) as error:  # no room, say; all that was learned must not be lost for it
@@ -331,6 +339,7 @@ class Search:
             level = self._level_of(next(c for c in ranked if c.schedule.family == name))
             runs = self.measured.runs(level)
             known.append((level, runs))
+            self._known.setdefault(level.loads, known[-1])
             self._add(pool, place(self.student, [(level, runs)], budget), budget)
             if name == "branches" and self.measured.differentiable:
                 probes = self.measured.probes

@@ -35,10 +35,11 @@ from fxmask.learning.pieces import Place, kept_for_all_steps
 from fxmask.learning.ranks import Group
 from fxmask.learning.reversal import advances
 from fxmask.learning.room import Elsewhere, Room, all_bytes, peak_bytes
-from fxmask.learning.schedule import Coefficients, Schedule, Terms, is_plain_reuse, lane_sources
+from fxmask.learning.schedule import Coefficients, Schedule, Terms, difference_held, is_plain_reuse, lane_sources
 from fxmask.passes.cut_graph import CutGraph, cut_graph
 from fxmask.sampling.same_sampler import sampler_facts
 from fxmask.sampling.sampler import Call, Loop, Sampler
+from fxmask.sampling.split_lanes import SplitLanes
 
 
 @dataclass
@@ -148,10 +149,7 @@ class Student:
             block: its name.
         """
         if schedule.lanes > 1:
-            fresh = [block in self.computed(loads) for loads in schedule.loads[:step]]
-            return lane_sources(
-                fresh, step, schedule.lanes, schedule.history, schedule.samples if self.reads_samples(block) else 0
-            )
+            return self._lane_sources(schedule, step, block)
         earlier = [j for j in reversed(range(step)) if block in self.computed(schedule.loads[j])]
         reads = bool(schedule.samples) and self.reads_samples(block)
         if block in self.computed(schedule.loads[step]):  # a blend
@@ -159,9 +157,24 @@ class Student:
                 return [step]
             steps = [step, *earlier[: schedule.blend]]
         else:
-            plain = self.stochastic and bool(schedule.samples) and not reads
-            steps = earlier[: 1 + schedule.blend if plain else schedule.history]
+            steps = earlier[: 1 + schedule.blend if self._holds(schedule, block) else schedule.history]
         return [*steps, *((INPUT, j) for j in [step, *earlier][: schedule.samples if reads else 0])]
+
+    def _lane_sources(self, schedule: Schedule, row: int, block: str) -> list[Source]:
+        """The same where lanes have rows of their own: a blend reads no other lane."""
+        fresh = [block in self.computed(loads) for loads in schedule.loads[:row]]
+        samples = schedule.samples if self.reads_samples(block) else 0
+        if block in self.computed(schedule.loads[row]):
+            if not schedule.loads[row]:
+                return [row]
+            own = [r for r in reversed(range(row)) if fresh[r] and r % schedule.lanes == row % schedule.lanes]
+            return [row, *own[: schedule.blend], *((INPUT, r) for r in [row, *own][:samples])]
+        history = 1 + schedule.blend if self._holds(schedule, block) else schedule.history
+        return lane_sources(fresh, row, schedule.lanes, history, samples)
+
+    def _holds(self, schedule: Schedule, block: str) -> bool:
+        """Whether a block is reused as it is, since it reads no samples and so knows nothing of the noise that is injected."""
+        return self.stochastic and bool(schedule.samples) and not self.reads_samples(block)
 
     def step_of(self, schedule: Schedule, row: int) -> int:
         """The step of a row."""
@@ -210,9 +223,10 @@ class Student:
         if schedule.lanes == 1:
             return Mask(compute, timesteps, names, forecast, fingerprint, self.sampler)
         lanes = self.lane_names
-        batched = bool(getattr(self.trajectories[0], "is_split", False))
+        split = self.trajectories[0]
+        of_batch = {"batched": True, "parts": split.turns} if isinstance(split, SplitLanes) else {}
         ones = torch.ones(self.num_steps, len(lanes), len(names), dtype=torch.bool)
-        every = Mask(ones, timesteps, names, None, fingerprint, self.sampler, lanes, batched=batched)
+        every = Mask(ones, timesteps, names, None, fingerprint, self.sampler, lanes, **of_batch)
         return every.folded(Mask(compute, every.by_call.timesteps, names, forecast, fingerprint))
 
     @functools.cached_property
@@ -269,7 +283,9 @@ class Student:
         return Rollout(finals, used, outputs)
 
     @torch.no_grad()
-    def states(self, schedule: Schedule, base: Rollout, steps: Iterable[int], numbers: Sequence[int]) -> Iterator[State]:
+    def states(
+        self, schedule: Schedule, base: Rollout, steps: Iterable[int], numbers: Sequence[int], open_end: bool = False
+    ) -> Iterator[State]:
         """Where a rollout was before each of some steps, in order.
 
         Its values are computed again from its outputs, so that only those are held which the next step may read: what a
@@ -280,10 +296,12 @@ class Student:
             base: its rollout, with ``keep=True``.
             steps: first steps of others.
             numbers: of trajectories.
+            open_end: whether what goes on from there may form at every step what this schedule forms at its last one.
         """
         wanted, caches = set(steps), self._caches(schedule, numbers, beside=True)
         outputs = [base.outputs[n] for n in numbers]
-        walked = self._walk(schedule, dict(base.coefficients), list(numbers), caches, outputs, self.num_steps, counted=False)
+        used, every = dict(base.coefficients), list(numbers)
+        walked = self._walk(schedule, used, every, caches, outputs, self.num_steps, counted=False, open_end=open_end)
         for step in walked:
             if step in wanted:
                 yield State(step, list(numbers), outputs, caches)
@@ -300,6 +318,7 @@ class Student:
         given: Sequence[Sequence[torch.Tensor]] | None,
         first: int,
         counted: bool = True,
+        open_end: bool = False,
     ) -> Generator[int, None, tuple[list[torch.Tensor], list[list[torch.Tensor]]]]:
         """Sample some trajectories, and stop before each step.
 
@@ -312,6 +331,7 @@ class Student:
                 the values in the caches.
             first: the step from which on outputs are new.
             counted: whether this is work that was not done before.
+            open_end: see ``states``.
 
         Returns:
             Final samples, and the outputs of all calls, of each trajectory.
@@ -332,7 +352,7 @@ class Student:
                         self.count(schedule.loads[row])
                     own = [lanes.setdefault(self.cache_of(schedule, lane), {}) for lanes in caches]
                     results = self._step(schedule, row, lane, numbers, calls, own, used)
-                    if schedule.lanes > 1:
+                    if schedule.lanes > 1 and not open_end:
                         self._drop_read(schedule, row, own)
                     elif lane == last:
                         self._drop(schedule, caches)
@@ -486,10 +506,9 @@ class Student:
         """Coefficients of some blocks at one step, from what the full network computes there. The first lane decides."""
         sources = {name: self.sources(schedule, step, name) for name in blocks}
         fitted: dict[tuple[int, str], Terms] = {
-            (step, name): ((s[0], 1.0),)
+            (step, name): difference_held(s, step, schedule.lanes)
             for name, s in sources.items()
-            if len(s) == 1
-            and (schedule.history == 1 or (self.stochastic and schedule.samples and not self.reads_samples(name)))
+            if (schedule.history == 1 and len(s) == 1) or self._holds(schedule, name)
         }
         blocks = [name for name in blocks if (step, name) not in fitted]
         if not blocks:
@@ -515,7 +534,7 @@ class Student:
             for cache in caches.values():
                 for block in {slot.block for slot in cache} - {INPUT}:
                     steps = sorted({slot.step for slot in cache if slot.block == block})
-                    old = steps[: -max(schedule.history, schedule.blend) - 1]
+                    old = steps[: -schedule.lanes * (max(schedule.history, schedule.blend) + 1)]
                     for slot in [slot for slot in cache if slot.block == block and slot.step in old]:
                         del cache[slot]
 
@@ -531,7 +550,7 @@ class Student:
         """By block and row, the last row that may read it."""
         last: dict[tuple[str, int], int] = {}
         for row, loads in enumerate(schedule.loads):
-            for block in loads:
+            for block in loads | ({self.output} if self.output and self.blends(schedule, row) else set()):
                 for source in self.sources(schedule, row, block):
                     other, at = (source[0], source[1]) if isinstance(source, tuple) else (block, source)
                     last[other, at] = row

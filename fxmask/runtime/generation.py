@@ -299,12 +299,11 @@ class Generation:
             return
         executor = known.executor
         outputs, stored = executor.run_whole(row, tensors, known.rows if self._is_at(executor, row, whole) else ())
-        size = len(mask.lanes)
-        for k, part in enumerate(zip(*(x.chunk(size) for x in outputs), strict=True)):
-            whole.outputs[row + k] = [x.clone() for x in part]
-        for k in range(size):
+        parts = mask.part_of_lane
+        for k, part in enumerate(parts):
+            whole.outputs[row + k] = [x.chunk(len(parts))[part].clone() for x in outputs]
             for block, value in lane.executor.plan.steps[row + k].store:
-                course.cache[Slot(block, value, row + k)] = stored[block, value].chunk(size)[k]
+                course.cache[Slot(block, value, row + k)] = stored[block, value].chunk(len(parts))[part]
 
     def _begin_whole(self, course: Course, variant: Variant, tensors: list[torch.Tensor]) -> WholeRun:
         """What runs steps of the whole batch from now on."""

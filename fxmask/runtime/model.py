@@ -349,12 +349,13 @@ class AcceleratedModel(torch.nn.Module):
     def _by_lanes(self, whole: BoundCall, mask: Mask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that holds all lanes of a mask, part by part."""
         shared = Whole(whole)
-        outputs = []
+        outputs: dict[int, Any] = {}
         parts = parts_of_batch((tuple(args), dict(kwargs)), whole.sample, len(mask.lanes))
-        for name, (some, named) in zip(mask.lanes, parts, strict=True):
+        for name, part in zip(mask.lanes, mask.part_of_lane, strict=True):
+            some, named = parts[part]
             with self._fxmask.lanes.called(name, shared):
-                outputs.append(self.forward(*some, **named))
-        return joined(outputs)
+                outputs[part] = self.forward(*some, **named)
+        return joined([outputs[part] for part in sorted(outputs)])
 
     @property
     def _stands_aside(self) -> bool:

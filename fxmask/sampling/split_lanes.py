@@ -9,6 +9,7 @@ of it in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,12 @@ class SplitLanes:
     Attributes:
         run: as it was recorded.
         count: L.
+        turns: which part of the batch is called first, which next, and so on; () for their own order.
     """
 
     run: Sampler
     count: int
-    is_split = True
+    turns: tuple[int, ...] = ()
 
     @property
     def calls(self) -> tuple[tuple[Call, ...], ...]:
@@ -46,7 +48,7 @@ class SplitLanes:
     @property
     def outputs(self) -> tuple[tuple[torch.Tensor, ...], ...]:
         """Per step and lane the prediction, ``[N, ...]``."""
-        return tuple(tuple(step[0].chunk(self.count)) for step in self.run.outputs)
+        return tuple(tuple(step[0].chunk(self.count)[k] for k in self._turns) for step in self.run.outputs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -59,13 +61,22 @@ class SplitLanes:
         return tuple((step, lane) for step in range(self.run.num_steps) for lane in range(self.count))
 
     @property
+    def _turns(self) -> tuple[int, ...]:
+        return self.turns or tuple(range(self.count))
+
+    @property
     def lanes(self) -> tuple[tuple[str | None, ...], ...]:
-        """Nobody names parts of a batch."""
-        return ()
+        """Parts of a batch have no names but their numbers."""
+        return (tuple(map(str, self._turns)),) * self.run.num_steps
 
     def parts(self, call: Call) -> list[dict[str, Any]]:
-        """The call of each lane."""
-        return parts_of_batch(dict(call), call[self.run.sample], self.count)
+        """The call of each lane, in the order in which they are called."""
+        parts = parts_of_batch(dict(call), call[self.run.sample], self.count)
+        return [parts[k] for k in self._turns]
+
+    def in_order_of(self, turns: Sequence[int]) -> SplitLanes:
+        """The same with the parts of the batch called in another order."""
+        return SplitLanes(self.run, self.count, tuple(turns))
 
     def loop(self) -> Loop:
         """The sampler as a generator: yields the calls of each lane, in order, and is sent the prediction of each."""
@@ -79,10 +90,10 @@ class SplitLanes:
         try:
             call = next(inner)
             while True:
-                predictions = []
-                for part in self.parts(call):
-                    predictions.append((yield part))
-                call = inner.send(torch.cat(predictions))
+                predictions: dict[int, torch.Tensor] = {}
+                for k, part in zip(self._turns, self.parts(call), strict=True):
+                    predictions[k] = yield part
+                call = inner.send(torch.cat([predictions[k] for k in sorted(predictions)]))
         except StopIteration as end:
             final: torch.Tensor = end.value
             return final
@@ -91,7 +102,7 @@ class SplitLanes:
 
     def renoised(self, model: torch.nn.Module, seed: int) -> SplitLanes:
         """The same conditioning, recorded with other noise."""
-        return SplitLanes(self.run.renoised(model, seed), self.count)
+        return SplitLanes(self.run.renoised(model, seed), self.count, self.turns)
 
     def rollout(self, denoiser: Denoiser) -> torch.Tensor:
         """The final samples with another denoiser, which is called for every lane."""

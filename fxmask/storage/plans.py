@@ -79,6 +79,7 @@ def mask_to_data(
         "facts": facts_to_data(facts),
         "example": to_plain(dict(example), tensors, "example"),
         **({"lanes": list(mask.lanes), "batched": mask.batched} if mask.lanes else {}),
+        **({"parts": list(mask.parts)} if mask.parts else {}),
     }
     tensors["compute"] = mask.compute
     if mask.called is not None:
@@ -157,7 +158,8 @@ def _mask_of(state: PlanFile, tensors: Mapping[str, torch.Tensor]) -> Mask:
     if not lanes:
         return Mask(compute, *given, forecast, state.program)
     called = _tensor(tensors, "called", torch.bool, 2) if "called" in tensors else None
-    every = Mask(torch.ones_like(compute), *given, None, state.program, lanes=lanes, called=called, batched=state.batched)
+    of_batch = {"batched": state.batched, "parts": tuple(state.parts)}
+    every = Mask(torch.ones_like(compute), *given, None, state.program, lanes=lanes, called=called, **of_batch)
     rows = torch.stack([compute[step, lane] for step, lane in every.order])
     return every.folded(Mask(rows, every.by_call.timesteps, every.blocks, forecast, state.program))
 

@@ -62,6 +62,7 @@ class PlanFile(_Strict, frozen=True):
     example: Any
     lanes: list[str] = []
     batched: bool = False
+    parts: list[int] = []
 
 
 class PlanFile1(_Strict, frozen=True):

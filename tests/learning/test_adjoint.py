@@ -26,9 +26,9 @@ from fxmask.sampling.split_lanes import split_lanes
 STEP = 2e-3
 
 
-def freed(student, loads, seed=0):
+def freed(student, loads, seed=0, lanes=1):
     """A schedule, and coefficients of everything that its steps form or blend, near plain reuse."""
-    schedule = Schedule(tuple(map(frozenset, loads)), 1, 2, blend=1)
+    schedule = Schedule(tuple(map(frozenset, loads)), 1, 2, blend=1, lanes=lanes)
     generator = torch.Generator().manual_seed(seed)
     coefficients = {}
     for i, names in enumerate(schedule.loads):
@@ -119,6 +119,18 @@ def test_derivatives_where_lanes_have_rows_of_their_own(batched):
             moves = (0.2 * torch.randn(len(sources), generator=generator)).tolist()
             coefficients[row, name] = tuple((s, float(k == 0) + moves[k]) for k, s in enumerate(sources))
     assert any(isinstance(s, int) and s % 2 != row % 2 for (row, _), terms in coefficients.items() for s, _ in terms)
+    compare(student, schedule, coefficients, every=5, tolerance=0.02)
+
+
+def test_derivatives_of_blends_where_lanes_have_rows_of_their_own():
+    """Outputs of a lane are blended with its own earlier ones, those that are formed read the other lane."""
+    program, run = guided({"eta": 1.0})
+    student = Student(program, [split_lanes(run, program.model).in_order_of((1, 0))])
+    branches = {b.name for b in student.program.branches}
+    loads = [set(), set(), set(), branches, branches, branches, set(), branches, set(), {student.output}, branches, branches]
+    schedule, coefficients = freed(student, loads, lanes=2)
+    assert dict(coefficients[3, student.output]).keys() == {3, 1, ("input", 3), ("input", 1)}
+    assert any(isinstance(s, int) and s % 2 == 0 for name in branches for s, _ in coefficients[11, name])
     compare(student, schedule, coefficients, every=5, tolerance=0.02)
 
 

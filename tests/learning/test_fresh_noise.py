@@ -88,6 +88,16 @@ def test_a_checkpoint_keeps_it(recorded, renoised, tmp_path):
     assert first[1] == pytest.approx(again[1])
 
 
+def test_what_is_read_from_a_checkpoint_counts_as_when_it_was_measured(recorded, tmp_path):
+    def spent():
+        search = search_of(recorded, checkpoint=tmp_path / "journal.json")
+        good = candidates_of(search)[1]
+        search.measured.judged(good)
+        return search.measured.units
+
+    assert spent() == pytest.approx(spent())
+
+
 @pytest.mark.parametrize(("eta", "effort"), [(0.0, SMALL), (1.0, replace(SMALL, fresh=0.0)), (1.0, EFFORTS["quick"])])
 def test_elsewhere_it_is_not(recorded, eta, effort):
     program, _ = recorded

@@ -15,13 +15,13 @@ import fxmask
 from fxmask.learning.candidate import Candidate
 from fxmask.learning.effort import Effort, Limits
 from fxmask.learning.journal import Journal
-from fxmask.learning.lane_moments import LaneMoments, indices
+from fxmask.learning.lane_moments import LaneMoments, indices, shares
 from fxmask.learning.local_search import neighbour
 from fxmask.learning.measured import Measured
 from fxmask.learning.own_rows import OwnRows, attention_branches, views_of
 from fxmask.learning.progress import Progress
 from fxmask.learning.refine import refine
-from fxmask.learning.schedule import Schedule, lane_sources
+from fxmask.learning.schedule import Schedule, difference_held, lane_sources
 from fxmask.learning.search import Search
 from fxmask.learning.student import Student, output_blocks
 
@@ -72,7 +72,26 @@ def test_what_is_scored_is_what_runs(guided: tuple[fxmask.Program, Any], apart: 
 
 def test_names_are_the_pipelines(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
     _, run = guided
-    assert apart.student.lane_names == (run.lanes[0] if len(run.calls[0]) == 2 else tuple(map(str, range(apart.lanes))))
+    named = run.lanes[0] if len(run.calls[0]) == 2 else None
+    assert apart.student.lane_names == (named or {2: ("1", "0"), 3: ("0", "1", "2")}[apart.lanes])
+
+
+def test_the_part_that_guidance_weighs_most_is_called_first(guided: tuple[fxmask.Program, Any], apart: OwnRows) -> None:
+    """The conditional one, wherever it is in the batch; calls that the pipeline makes one by one stay in their order."""
+    _, run = guided
+    view = apart.student.trajectories[0]
+    weights = [abs(share) for share in shares(view)]
+    if len(run.calls[0]) > 1:
+        assert view is run
+        return
+    assert weights == sorted(weights, reverse=True)
+    parts = apart.view_of(run).calls[0]
+    for k, part in enumerate(view.turns or range(apart.lanes)):
+        for name, whole in run.calls[0][0].items():
+            if isinstance(whole, torch.Tensor) and whole.dim() and len(whole) == len(run.calls[0][0][run.sample]):
+                assert torch.equal(parts[k][name], whole.chunk(apart.lanes)[part]), name
+                assert torch.equal(view.outputs[0][k], run.outputs[0][0].chunk(apart.lanes)[part])
+    assert torch.allclose(view.rollout(run.denoiser), run.rollout(run.denoiser), atol=1e-4)
 
 
 def test_refinement_follows_lanes(apart: OwnRows) -> None:
@@ -94,7 +113,27 @@ def test_what_a_forecast_reads() -> None:
     assert lane_sources(on, 4, 2, 3, 0) == [2, 0]
     assert lane_sources(on, 7, 2, 3, 2) == [5, 1, 6, 0, ("input", 7), ("input", 5)]  # of a: now, and where both were
     assert lane_sources(on, 3, 2, 1, 1) == [1, 2, 0, ("input", 3)]
-    assert lane_sources([True], 1, 2, 3, 0) == [0, 0][:1]  # nothing of its own yet
+    assert lane_sources([True], 1, 2, 3, 0) == [0]  # nothing of its own yet
+    #     0a    1b    2a    3b     4a    5b
+    on = [True, True, True, False, True, False]
+    assert lane_sources([*on, False], 7, 2, 3, 0) == [1, 4, 0]  # of a: the latest, though not of this step, and where both were
+    assert lane_sources([True, True, False, True], 4, 2, 3, 0) == [0, 3, 1]  # of a lane that comes later in a step
+    three = [True, True, True, True]
+    assert lane_sources([*three, False], 5, 3, 2, 0) == [2, 3, 0]
+    assert lane_sources([*three, True], 5, 3, 1, 0) == [2, 3, 0, 4, 1]
+
+
+def test_a_difference_is_held() -> None:
+    """A lane's latest value and what the others have changed by since, their mean if there are several."""
+
+    def held(on: list[bool], lanes: int) -> dict[Any, float]:
+        return dict(difference_held(lane_sources(on, len(on), lanes, 1, 0), len(on), lanes))
+
+    assert held([True, True, True], 2) == {1: 1.0, 2: 1.0, 0: -1.0}
+    assert held([True, True, False], 2) == {1: 1.0}
+    assert held([True], 2) == {0: 1.0}
+    assert held([True, True, True, True, True], 3) == {2: 1.0, 3: 0.5, 0: -0.5, 4: 0.5, 1: -0.5}
+    assert dict(difference_held([5, 3, ("input", 6)], 6, 2)) == {5: 1.0, 3: 0.0, ("input", 6): 0.0}
     assert indices([5, ("input", 7)], 8, 2) == [5, 11]
 
 

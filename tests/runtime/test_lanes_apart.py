@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from emulated_gpu import emulated_gpu
@@ -232,18 +233,30 @@ def test_a_caller_writes_into_its_sample_between_the_lanes(program: fxmask.Progr
 # --- one batch
 
 
-def whole(step: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    both = {name: torch.cat([c[name] for c in step]) for name in ("sample", "text")}
+TURNS = pytest.mark.parametrize("parts", [(), (1, 0)], ids=["in order", "the last part first"])
+
+
+def whole(step: Sequence[dict[str, torch.Tensor]], parts: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+    """The batch of a step's calls, in which they are these parts."""
+    calls = [step[lane] for lane in np.argsort(parts)] if parts else step
+    both = {name: torch.cat([c[name] for c in calls]) for name in ("sample", "text")}
     return {**both, "timestep": step[0]["timestep"]}
 
 
-def test_lanes_of_one_batch(program: fxmask.Program) -> None:
+def taken_apart(output: torch.Tensor, parts: Sequence[int] = ()) -> list[torch.Tensor]:
+    """Of each lane what a batch was answered."""
+    chunks = output.chunk(2)
+    return [chunks[part] for part in parts or range(2)]
+
+
+@TURNS
+def test_lanes_of_one_batch(program: fxmask.Program, parts: tuple[int, ...]) -> None:
     """Parts come out as if they were called one by one; a step that computes all of them is one call of the whole batch."""
-    big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
-    accelerated = accelerated_of(big, batched=True)
+    big = fxmask.capture(program.model, whole(calls_of_run()[0], parts), {"text": "conditioning"})
+    accelerated = accelerated_of(big, batched=True, parts=parts)
     for seed in range(2):
         with accelerated.generation():
-            got = [list(accelerated(**whole(step)).chunk(2)) for step in calls_of_run(seed)]
+            got = [taken_apart(accelerated(**whole(step, parts)), parts) for step in calls_of_run(seed)]
         assert same(got, expected(program, seed))
     assert accelerated.plan.whole_steps == {0, 4}
     report = str(accelerated.report())
@@ -298,15 +311,16 @@ def test_the_whole_batch_is_called_once(program: fxmask.Program, monkeypatch: py
     assert [step for name, step in runs if name == "run_step"] == [2, 3, 6, 7]
 
 
-def test_recorded_steps_of_one_batch(program: fxmask.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+@TURNS
+def test_recorded_steps_of_one_batch(program: fxmask.Program, parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of parts are replayed, those of the whole batch run as they are; both leave their values where the other reads."""
     monkeypatch.setitem(BACKENDS, "recorded", Backend({"": Eager}, exact=True, capturer=Recorder))
-    big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
-    plan = fxmask.rectify(big, mask_of(big, batched=True))
+    big = fxmask.capture(program.model, whole(calls_of_run()[0], parts), {"text": "conditioning"})
+    plan = fxmask.rectify(big, mask_of(big, batched=True, parts=parts))
     accelerated = fxmask.compile(big, plan, backend="recorded")
     for seed in (0, 1, 0):
         with accelerated.generation():
-            got = [list(accelerated(**whole(step)).chunk(2)) for step in calls_of_run(seed)]
+            got = [taken_apart(accelerated(**whole(step, parts)), parts) for step in calls_of_run(seed)]
         assert same(got, expected(program, seed))
     assert accelerated.executor._problem is None
 
@@ -389,16 +403,20 @@ def test_an_odd_batch_runs(program: fxmask.Program) -> None:
         assert torch.equal(accelerated(**call(0, 1.0, 3)), program.model(**call(0, 1.0, 3)))
 
 
-def test_a_saved_plan_of_lanes(program: fxmask.Program, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@TURNS
+def test_a_saved_plan_of_lanes(
+    program: fxmask.Program, parts: tuple[int, ...], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    big = fxmask.capture(program.model, whole(calls_of_run()[0]), {"text": "conditioning"})
-    accelerated = accelerated_of(big, batched=True)
+    big = fxmask.capture(program.model, whole(calls_of_run()[0], parts), {"text": "conditioning"})
+    accelerated = accelerated_of(big, batched=True, parts=parts)
     accelerated.save("plan")
     again = fxmask.load("plan", program.model)
     assert again.plan.mask == accelerated.plan.mask
     assert again.plan.mask.batched
+    assert again.plan.mask.parts == parts
     with again.generation():
-        got = [list(again(**whole(step)).chunk(2)) for step in calls_of_run()]
+        got = [taken_apart(again(**whole(step, parts)), parts) for step in calls_of_run()]
     assert same(got, expected(program))
 
 
@@ -441,6 +459,18 @@ def test_a_recorded_batch_comes_apart(program: fxmask.Program) -> None:
     assert view is not None
     assert [len(step) for step in view.calls] == [2] * 4
     assert torch.equal(view.rollout(program.model), run.final)
+    turned = view.in_order_of((1, 0))
+    assert torch.equal(turned.rollout(program.model), run.final)
+    assert [[float(c["text"][0, 0]) for c in step] for step in (*view.calls[:1], *turned.calls[:1])] == [[0.0, 1.0], [1.0, 0.0]]
+    assert torch.equal(turned.outputs[2][0], view.outputs[2][1])
+    assert (view.lanes[0], turned.lanes[0]) == (("0", "1"), ("1", "0"))
+
+
+def test_masks_tell_parts_apart(program: fxmask.Program) -> None:
+    one, other, again = (mask_of(program, batched=True, parts=parts) for parts in ((), (1, 0), (0, 1)))
+    assert one == again
+    assert one != other
+    assert (one.parts, again.part_of_lane, other.part_of_lane) == ((), (0, 1), (1, 0))
 
 
 def test_what_is_no_batch_of_lanes(program: fxmask.Program) -> None:
@@ -473,6 +503,9 @@ def test_a_model_that_looks_across_its_batch_is_left_whole(program: fxmask.Progr
         ({"called": torch.zeros(4, 2)}, "calls no lane"),
         ({"called": torch.ones(3, 2)}, "one entry|an entry"),
         ({"batched": True, "called": torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0]])}, "parts of one batch"),
+        ({"batched": True, "parts": (0, 0)}, r"parts=\(0, 0\).*which part of a batch"),
+        ({"batched": True, "parts": (0, 1, 2)}, "which part of a batch"),
+        ({"parts": (1, 0)}, "with batched=True"),
         ({"forecast": fxmask.Forecast({(1, "c", OUTPUT): ((0, 1.0),)})}, "names lane 'c'"),
         ({"forecast": fxmask.Forecast({(1, "a", OUTPUT): (((OUTPUT, 1, "b"), 1.0),)})}, "not an earlier step"),
         ({"forecast": fxmask.Forecast({(3, "b", OUTPUT): (((OUTPUT, 1, "a"), 1.0),)})}, "step 1 of lane 'a'"),

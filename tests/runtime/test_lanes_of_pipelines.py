@@ -10,6 +10,8 @@ import torch
 from pipelines import PIPELINES, animatediff, generator, small_stable_diffusion
 
 import fxmask
+from fxmask.learning.lane_moments import shares
+from fxmask.learning.own_rows import turns_of
 from fxmask.sampling.split_lanes import split_lanes
 
 pytest.importorskip("diffusers")
@@ -74,6 +76,16 @@ def test_half_precision(build: Callable[[], Any]) -> None:
     assert all(run.followed for run in accelerated.report().runs)
     assert run.outputs[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(got, by_hand(apart(run)), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_conditional_part_comes_first(dtype: torch.dtype) -> None:
+    """In diffusers' batch it is the last one; in half precision small steps would be lost."""
+    view = apart(recorded(small_stable_diffusion, dtype))
+    assert turns_of(view) == (1, 0)
+    first, last = shares(view)
+    assert first < -1
+    assert last == pytest.approx(1 - first, rel=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype:UserWarning", "ignore::FutureWarning")
