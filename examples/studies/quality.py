@@ -165,7 +165,10 @@ def _copy(source: Path, target: Path, replace: bool) -> None:
 FIXED = ("branches, fitted forecast", "whole output, fitted forecast")
 OURS = ("fxmask", MORE, ALIKE, "fxmask quick", *FIXED)
 GUIDANCE = """*Lanes free*: of the plans with lanes alike and those whose lanes have rows of their own, the one that is better
-on held-out images; not tried with the stochastic sampler. The rival of the second table is the one of the first."""
+on fresh noise. With the deterministic sampler, `ldm` at 50 steps excepted, it was chosen on held-out images, and parts of the
+batch had their own order, the unconditional one first. The rival of the second table is the one of the first. *Difference of
+the lanes held*: the prediction without conditioning is made at every third step; elsewhere it takes over what the other has
+changed by."""
 SHORT = """## Where the lead is short
 
 All of these have the stochastic sampler, with which images differ most in how hard they are. What was tried:
