@@ -179,9 +179,12 @@ All of these have the stochastic sampler, with which images differ most in how h
   gains 0.6 dB by three rounds of adjoints (19.1), as much as the fixed plan has that is ahead there.
 - DDPM, 50 steps, 3x: finalists have 26.4 to 27.6 dB on fresh images, the even forecast 28.1. Learned and held-out images (32
   and 16) rank it 0.7 dB behind the one that is chosen; the two that lead on held-out images alone have 26.7 and 27.1.
+- Steps that compute one lane and hold its difference to the other ([lanes](lanes.md#with-injected-noise)): at guidance 1.5, 20
+  steps, 2x, they made a lead of 1.0 dB one of 2.4. In the other rows of this list no such plan was better on fresh noise, or
+  after the first rollouts.
 
 So it is the choice among plans of nearly equal quality that 48 images do not settle. What default effort does about it: the
-finalists are compared on fresh noise too (about 15 units; tables without guidance and of `ldm` and `pixart` are from before).
+finalists are compared on fresh noise too (about 15 units; cells without guidance and `pixart-4` at 20 steps are from before).
 At guidance 1.5, 50 steps, 2x, the plan that was best on 24 learned and held-out images had 35.5 dB on the 128 of the table,
 behind plain reuse of all branches (36.4), which is now taken. At guidance 4, 50 steps, 2x, differences between two finalists
 vary by 5 dB from image to image, so that 56 fresh images tell them apart by 0.7 dB at best. Several times as many images to
