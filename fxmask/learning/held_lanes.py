@@ -53,11 +53,11 @@ class HeldLanes(OwnRows):
             for level in self._levels(alike, known, (False,) * (self.lanes - rest) + (True,) * rest):
                 part = level, self._errors(level, effort)
                 parts = [*parts, part]
-                yield from self._placed(budget, [*whole, part], [part])
+                yield from self._in_places(budget, [*whole, part], [part])
         if len(parts) > 1:
-            yield from self._placed(budget, [*whole, *parts], parts)
+            yield from self._in_places(budget, [*whole, *parts], parts)
 
-    def _placed(self, budget: float, *choices: Known) -> Iterator[Schedule]:
+    def _in_places(self, budget: float, *choices: Known) -> Iterator[Schedule]:
         for levels in choices:
             found = place_mixed(self.student, levels, budget)
             if found is not None and self._has_part(found):
@@ -65,15 +65,16 @@ class HeldLanes(OwnRows):
 
     def _levels(self, alike: Sequence[Schedule], known: Known, lanes: tuple[bool, ...]) -> list[Level]:
         """What some lanes may form: all branches, which are reused as they are, and what plans without lanes form."""
-        named, student = self._named, self.student
-        branches = frozenset(block.name for block in student.program.branches)
+        named, branches = self._named, frozenset(block.name for block in self.student.program.branches)
         used = Counter(blocks for schedule in alike for blocks in schedule.loads)
         found = [Level(named[branches], branches, 1, SAMPLES)] if branches in named else []
         found += [level for level, _ in known]
         found += [Level(named[blocks], blocks, 1, SAMPLES) for blocks, _ in used.most_common() if blocks in named]
-        chosen = {level.loads: level for level in reversed(found)}
+        chosen: dict[frozenset[str], Level] = {}
+        for level in found:
+            chosen.setdefault(level.loads, level)
         rest = "" if all(lanes) else f" of {sum(lanes)} of {self.lanes} lanes"
-        levels = sorted(chosen.values(), key=lambda level: [x.loads for x in found].index(level.loads))[:LEVELS]
+        levels = list(chosen.values())[:LEVELS]
         return [replace(level, name=level.name + rest, samples=SAMPLES, lanes=lanes) for level in levels]
 
     def _errors(self, level: Level, effort: Effort) -> torch.Tensor:

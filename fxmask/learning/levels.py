@@ -41,7 +41,7 @@ class Level:
 
     def schedule(self, steps: Sequence[Level | None], origin: Origin, family: str) -> Schedule:
         """A schedule of these steps, each of a level with as many rows as this one, or ``None`` where all is computed."""
-        full = (frozenset(),) * len(self.rows)
+        full: tuple[frozenset[str], ...] = (frozenset(),) * len(self.rows)
         loads = tuple(row for level in steps for row in (full if level is None else level.rows))
         return Schedule(loads, self.history, self.samples, lanes=len(self.rows), origin=origin, family=family)
 

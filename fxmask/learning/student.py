@@ -224,9 +224,10 @@ class Student:
             return Mask(compute, timesteps, names, forecast, fingerprint, self.sampler)
         lanes = self.lane_names
         split = self.trajectories[0]
-        of_batch = {"batched": True, "parts": split.turns} if isinstance(split, SplitLanes) else {}
+        batched = isinstance(split, SplitLanes)
+        parts = split.turns if isinstance(split, SplitLanes) else ()
         ones = torch.ones(self.num_steps, len(lanes), len(names), dtype=torch.bool)
-        every = Mask(ones, timesteps, names, None, fingerprint, self.sampler, lanes, **of_batch)
+        every = Mask(ones, timesteps, names, None, fingerprint, self.sampler, lanes, batched=batched, parts=parts)
         return every.folded(Mask(compute, every.by_call.timesteps, names, forecast, fingerprint))
 
     @functools.cached_property

@@ -158,8 +158,8 @@ def _mask_of(state: PlanFile, tensors: Mapping[str, torch.Tensor]) -> Mask:
     if not lanes:
         return Mask(compute, *given, forecast, state.program)
     called = _tensor(tensors, "called", torch.bool, 2) if "called" in tensors else None
-    of_batch = {"batched": state.batched, "parts": tuple(state.parts)}
-    every = Mask(torch.ones_like(compute), *given, None, state.program, lanes=lanes, called=called, **of_batch)
+    ones, parts = torch.ones_like(compute), tuple(state.parts)
+    every = Mask(ones, *given, None, state.program, lanes=lanes, called=called, batched=state.batched, parts=parts)
     rows = torch.stack([compute[step, lane] for step, lane in every.order])
     return every.folded(Mask(rows, every.by_call.timesteps, every.blocks, forecast, state.program))
 
