@@ -421,8 +421,8 @@ MUTATIONS = [
     Mutation(
         "lanes: of a whole batch every lane keeps the first part",
         "fxmask/runtime/generation.py",
-        "stored[block, value].chunk(size)[k]",
-        "stored[block, value].chunk(size)[0]",
+        "stored[block, value].chunk(len(parts))[part]",
+        "stored[block, value].chunk(len(parts))[0]",
         LANES,
     ),
     Mutation(
