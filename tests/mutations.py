@@ -323,8 +323,8 @@ MUTATIONS = [
     Mutation(
         "learning: with injected noise the images that plans were fitted on have the last word",
         "fxmask/learning/search.py",
-        "        if self._fresh is not None:\n",
-        "        if False:\n",
+        "best = self._best_on_fresh_noise(judged) or best",
+        "best = judged[0]",
         ("learning/test_fresh_noise.py",),
     ),
     Mutation(
@@ -484,8 +484,8 @@ MUTATIONS = [
     Mutation(
         "lanes: rows of their own are taken without asking fresh noise",
         "fxmask/learning/search.py",
-        "return self._fresh.best([best, apart], self.effort.fresh) is apart",
-        "return True",
+        "            return found is apart\n",
+        "            return True\n",
         OWN_ROWS,
     ),
     Mutation(

@@ -241,12 +241,20 @@ class Search:
     def _is_better_on_noise(self, apart: Candidate, best: Candidate) -> bool:
         """Whether a plan with rows for each lane is better than the best one without."""
         assert self.apart is not None
-        if self._fresh is not None:
-            try:
-                return self._fresh.best([best, apart], self.effort.fresh) is apart
-            except (FxmaskError, RuntimeError) as error:
-                logger.warning("plans are not judged on fresh noise: %s", error)
+        found = self._best_on_fresh_noise([best, apart])
+        if found is not None:
+            return found is apart
         return is_ahead(self.apart.measured.judged_images(apart), self.measured.judged_images(best))
+
+    def _best_on_fresh_noise(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        """The best candidate; ``None`` if they are not judged there."""
+        if self._fresh is None:
+            return None
+        try:
+            return self._fresh.best(candidates, self.effort.fresh)
+        except (FxmaskError, RuntimeError) as error:  # no room, say; all that was learned must not be lost for it
+            logger.warning("plans are not judged on fresh noise: %s", error)
+            return None
 
     def _best_of_many(self, finalists: Sequence[Candidate], started: float) -> tuple[Candidate, ParetoPoint]:
         """All images count: which images are hard differs more between batches than plans of nearly equal quality do.
@@ -255,11 +263,9 @@ class Search:
         """
         judged = sorted(finalists, key=lambda c: self.measured.of_all(c.score, self.measured.judged(c)[0]))
         best = judged[0]
-        if self._fresh is not None and self.stochastic:
+        if self.stochastic:
             try:
-                best = self._fresh.best(judged, self.effort.fresh)
-            except (FxmaskError, RuntimeError) as error:  # no room, say; all that was learned must not be lost for it
-                logger.warning("plans are not judged on fresh noise: %s", error)
+                best = self._best_on_fresh_noise(judged) or best
             except KeyboardInterrupt:
                 logger.warning("learning was interrupted before plans were judged on fresh noise")
         return best, self.measured.point(best, started)
